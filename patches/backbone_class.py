@@ -5,7 +5,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse.core.backbone_call import backbone_call
 from hf_sparse.patches.derived_class import derived_class
@@ -14,23 +14,27 @@ from hf_sparse.patches.derived_class import derived_class
 @functools.cache
 def backbone_class(kind: Any) -> Any:
     """Return the subclass of a class of backbones; an instance has a `model_switch`, whose `read` its forward calls."""
-    names = [*inspect.signature(kind.forward).parameters][1:]
+    parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return kind.forward(self, *args, **kwargs)
-        ids = args[0] if args else kwargs.get("input_ids")
+        given = names[: len(args)]
+        ids = args[given.index("input_ids")] if "input_ids" in given else kwargs.get("input_ids")
         switch: Any = vars(self).get("model_switch")
-        if switch is None or ids is None or ids.shape[-1] < 2:  # decoding steps, which cannot wait
+        if switch is None or not isinstance(ids, Tensor) or ids.shape[-1] < 2:  # decoding steps, which cannot wait
             return kind.forward(self, *args, **kwargs)
-        return switch.read(self, dict(zip(names, args, strict=False)) | kwargs)
+        if len(args) > len(names) or not kwargs.keys().isdisjoint(given):  # raises an error
+            return kind.forward(self, *args, **kwargs)
+        return switch.read(self, dict(zip(given, args, strict=True)) | kwargs)
 
     return derived_class(kind, forward, backbone_class)
 
 
-def run(backbone: nn.Module, inputs: dict[str, Any]) -> Any:
-    """Return what the forward of the model itself returns, as it is called within that of `backbone_class`."""
-    kind: Any = backbone.model_class
+def own_forward(backbone: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Call the forward of the model's own class, eagerly, from within that of `backbone_class`."""
+    kind: Any = backbone.unpatched_class
     with backbone_call():
         return kind.forward(backbone, **inputs)

@@ -22,7 +22,7 @@ def derived_class(kind: Any, forward: Callable[..., Any], make: Callable[[Any], 
         return _empty, (make, kind), self.__getstate__()
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {"forward": forward, "__reduce_ex__": reduce, "model_class": kind}
+    own = {"forward": forward, "__reduce_ex__": reduce, "unpatched_class": kind}
     derived: Any = type(kind.__name__, (kind,), names | own)
     return derived
 
@@ -36,7 +36,7 @@ def set_derived_class(module: nn.Module, make: Callable[[Any], Any]) -> bool:
     """
     if "forward" in vars(module) or is_parametrized(module):
         return False
-    if not hasattr(module, "model_class"):
+    if not hasattr(module, "unpatched_class"):
         kind: Any = type(module)
         module.__class__ = make(kind)
     return True
@@ -45,8 +45,8 @@ def set_derived_class(module: nn.Module, make: Callable[[Any], Any]) -> bool:
 def restore_class(module: nn.Module) -> None:
     """Give a module the class back that it had; one that others derived from ours since stays."""
     kind: Any = type(module)
-    if "model_class" in vars(kind):
-        module.__class__ = kind.model_class
+    if "unpatched_class" in vars(kind):
+        module.__class__ = kind.unpatched_class
 
 
 def _empty(make: Callable[[Any], Any], kind: Any) -> nn.Module:

@@ -76,7 +76,7 @@ def attention_forward(
         is_plain = attention_mask is None and not attention.dense_window and _WATCHED.isdisjoint(kwargs)
         if call is not None and is_plain:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            output = attention.attend_as_before(query, key, value, hidden_states, cache, call, scale)
+            output = attention.attend_fast(query, key, value, hidden_states, cache, call, scale)
             if output is not None and cache is not None:
                 _end(cache)
         if output is None:

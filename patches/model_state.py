@@ -66,7 +66,8 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
             return None
         if "rope_type" in own and _depends_on_length(own["rope_type"]):
             return None
-        state += (kind := type(module), kind.forward, own["training"])
+        kind: Any = type(module)
+        state += (kind, getattr(kind, "unpatched_class", kind).forward, own["training"])
         for held in (own["_parameters"], own["_buffers"]):
             if held:
                 tensors += held.values()

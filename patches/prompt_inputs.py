@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from hf_sparse._compat import with_cache
 from hf_sparse.core.cache import is_recorded
@@ -20,13 +22,15 @@ def may_be_played(inputs: dict[str, Any]) -> bool:
     """Tell whether inputs, and what is set for all of torch, are those of a prompt that may be recorded."""
     ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
     positions, mask = inputs.get("position_ids"), _mask(inputs)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
+    if type(ids) is not Tensor or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
+        return False
+    if _is_looked_at():
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or is_recorded(ids.device):
         return False
     if inputs.get("return_dict") not in (None, True):
         return False
-    if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
+    if not all([name in _INPUTS or _says_nothing(name, value) for name, value in inputs.items()]):
         return False
     if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
         return False
@@ -119,10 +123,23 @@ def bucket_of(model: nn.Module, rows: int, tokens: int, edges: Iterable[int]) ->
 def is_unusual(model: nn.Module) -> bool:
     """Tell whether a model is quantised, which may mix tokens, or returns more than its last hidden states."""
     config: Any = model.config
-    asks = getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False)
-    return bool(getattr(config, "quantization_config", None) or asks)
+    parts = [vars(part) for part in (config, config.get_text_config())]
+    asks = [name for part in parts for name, value in part.items() if name.lstrip("_").startswith("output_") and value]
+    crosses = getattr(config, "add_cross_attention", False)  # has a cache of its own kind
+    return bool(getattr(config, "quantization_config", None) or asks or crosses)
 
 
-def _says_nothing(value: Any) -> bool:
+def _says_nothing(name: str, value: Any) -> bool:
     """Tell whether an input is as if it were not there, such as the outputs of encoders of pictures without any."""
-    return value is None or value is False or (isinstance(value, dict) and not value)
+    return value is None or (isinstance(value, dict) and not value) or (value is False and name.startswith("output_"))
+
+
+def _is_looked_at() -> bool:
+    """Tell whether something of torch watches each operation, or computes more with it, which a replay would not do.
+
+    That are modes, as those that count operations, transforms of functions, and derivatives in forward mode.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    modes = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    return forward_ad._current_level >= 0 or any([type(mode) is not DeviceContext for mode in modes])

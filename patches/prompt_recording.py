@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.cache import RecordableCacheLayer
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.patches.backbone_class import run
+from hf_sparse.patches.backbone_class import own_forward
 from hf_sparse.patches.cache import make_layers
 from hf_sparse.patches.model_state import ReadMemory
 from hf_sparse.patches.prompt_inputs import CACHE
@@ -147,7 +147,7 @@ def record_prompt(
     def call() -> tuple[Tensor, type]:
         cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
         make_layers(cache, prompt.modules, end)
-        output = run(model, held | {"use_cache": True} | with_cache(cache))
+        output = own_forward(model, held | {"use_cache": True} | with_cache(cache))
         if set(output) != {"last_hidden_state", CACHE}:
             raise RuntimeError(f"a recorded prompt returns its last hidden states and a cache, got {', '.join(output)}")
         layers[0].copy_texts(cache.layers, layers, prompt.length, room)

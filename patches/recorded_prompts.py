@@ -37,7 +37,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hf_sparse._compat import with_cache
-from hf_sparse.patches.backbone_class import run
+from hf_sparse.patches.backbone_class import own_forward
 from hf_sparse.patches.cache import is_as_new, layers_to_fill
 from hf_sparse.patches.model_state import state_of
 from hf_sparse.patches.other_adapters import active_beside
@@ -58,6 +58,7 @@ from hf_sparse.patches.recorded_steps import free_memory
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _ROOM = 4  # times the memory that calls have used for a while: a recording keeps up to twice that of a prompt
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
+_MOST_FIRSTS = 1024  # buckets and kinds of prompts of which the first is noted; others are never recorded
 _MOST_SKIPPED = 64  # prompts after which a model that could not be recorded is looked at again, at most
 
 V = TypeVar("V")
@@ -67,10 +68,12 @@ _all_run: ContextVar[bool] = ContextVar("all_run", default=False)
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Let patched models run in a `with` block, in this thread, where they would play a forward that was recorded.
+    """Let patched models run eagerly in a `with` block, in this thread, where they would replay a CUDA graph of a text.
 
-    A recorded forward may pad the text, which in half precision changes its results as another batch size does; what
-    runs gives the same bits each time. Decoding steps of `generate` take no notice, they have `disable_compile=True`.
+    A replay calls no Python of the model: a change of anything but its tensors, plain attributes, configurations,
+    hooks, adapters and classes goes unnoticed, such as of a list that a forward reads. It may pad the text, which in
+    half precision changes the results as another batch size does; an eager forward gives the same bits each time. For
+    decoding steps of `generate` there is `disable_compile=True`.
     """
     token = _all_run.set(True)
     try:
@@ -144,6 +147,7 @@ class RecordedPrompts:
         self._lock = threading.Lock()
         self._numbers = count()  # of states; none is used twice
         self._arrived = 0.0  # when the prompt came that has the lock
+        self._has_trained = False
         self.clear()
 
     def clear(self) -> None:
@@ -152,18 +156,23 @@ class RecordedPrompts:
         self._unrecorded: set[tuple[int, int]] = set()  # rows and lengths of buckets that are not recorded
         self._is_refused = False
 
-    def read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
+    def read(self, model: nn.Module, modules: Callable[[], Sequence[nn.Module]], inputs: dict[str, Any]) -> Any:
         """Return what the forward of the backbone returns for the first tokens of texts.
 
         Where memory does not suffice, that of all recordings is given back, and a prompt in a new cache runs once more.
 
         Args:
             model: the backbone of a patched model.
-            modules: the patched attention modules.
+            modules: lists the patched attention modules.
             inputs: of the forward, by name.
         """
+        if not self._has_trained and model.training and torch.is_grad_enabled():
+            self._has_trained = (
+                True  # from now on the peak of memory, by which there is room or not, is that of training
+            )
+            self.clear()
         if self._is_refused or _all_run.get() or not may_be_played(inputs):
-            return run(model, inputs)
+            return own_forward(model, inputs)
         cache: Any = inputs.get(CACHE)
         layers = list(getattr(cache, "layers", ()))
         try:
@@ -174,21 +183,21 @@ class RecordedPrompts:
             self.clear()
             if cache is not None and not is_as_new(cache, layers):
                 raise
-        return run(model, inputs)  # here, for the error holds what the failed forward had allocated
+        return own_forward(model, inputs)  # here, for the error holds what the failed forward had allocated
 
-    def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
+    def _read(self, model: nn.Module, modules: Callable[[], Sequence[nn.Module]], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
         arrived, ids, prompt = time.perf_counter(), inputs["input_ids"], None
         first = bucket_of(model, len(ids), ids.shape[1], ()), kind_of(inputs)
         if first[0] is None:
-            return run(model, inputs)
+            return own_forward(model, inputs)
         with self._lock:
             self._arrived = arrived
             if is_first := first not in self._memory.firsts:
                 self._memory.prompts += 1
             elif self._is_worth_a_look(model, inputs):
                 begun = self._begin(model, inputs)
-                prompt = self._prompt(model, modules, inputs, begun is not None)
+                prompt = self._prompt(model, modules(), inputs, begun is not None)
                 recording = None if prompt is None else self._recording(model, prompt, inputs)
                 self._expect(inputs, begun, recording)
                 if prompt is not None and recording is not None and recording.is_compared:
@@ -197,27 +206,34 @@ class RecordedPrompts:
                 if prompt is not None:
                     trial = self._trial(model, prompt, first)
         if prompt is None:
-            output = run(model, inputs)
-            if is_first:
+            output = own_forward(model, inputs)
+            if is_first and len(self._memory.firsts) < _MOST_FIRSTS:
                 self._memory.firsts[first] = ids.shape[1]
             return output
         timing = Timing() if trial.lengths and not trial.is_over else None
         if recording is None or prompt.cache is not None:
-            output = run(model, inputs)
+            output = own_forward(model, inputs)
         else:  # what layers keep is compared too
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-            output = run(model, inputs | {"use_cache": True} | with_cache(cache))
+            output = own_forward(model, inputs | {"use_cache": True} | with_cache(cache))
         trial.note(ids.shape[1], timing)
         if recording is not None:
             with self._lock:
                 try:
                     self._compare(recording, prompt, inputs, output)
-                except torch.OutOfMemoryError:
-                    self._unrecorded.add((len(ids), prompt.length))
-                    self._memory.recordings.pop((prompt.key, prompt.length), None)
+                except Exception as error:
+                    self._give_up(prompt, error)
             if prompt.cache is None:
                 output = type(output)(last_hidden_state=output.last_hidden_state)
         return output
+
+    def _give_up(self, prompt: Prompt, error: Exception) -> None:
+        """Record no more prompts of a bucket; none of the model at all where the first recording failed."""
+        self._unrecorded.add((prompt.rows, prompt.length))
+        self._memory.recordings.pop((prompt.key, prompt.length), None)
+        if not isinstance(error, torch.OutOfMemoryError) and not self.played:
+            self.clear()
+            self._is_refused = True
 
     def _is_worth_a_look(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Tell whether a look at the model may lead to a replay, or to a recording."""
@@ -299,7 +315,9 @@ class RecordedPrompts:
         if not count or [module.layer_idx for module in modules] != list(range(count)):
             return None
         attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
-        if not all([attention.is_active for attention in attentions]):
+        if not all([attention.is_active and not attention.dense_window for attention in attentions]):
+            return None
+        if any([one.longest_prompt is not None and one.longest_prompt < ids.shape[1] for one in attentions]):
             return None
         layers = [] if cache is None else layers_to_fill(cache, attentions)
         if layers is None:
@@ -345,11 +363,7 @@ class RecordedPrompts:
         try:
             recording = self._record(model, prompt, inputs, ms_per_token)
         except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
-            if isinstance(error, torch.OutOfMemoryError):
-                self._unrecorded.add(bucket)
-            else:
-                self.clear()
-                self._is_refused = True
+            self._give_up(prompt, error)
             return None
         memory.recordings[key] = recording
         return recording
@@ -371,7 +385,8 @@ class RecordedPrompts:
         played = self._play(recording, prompt._replace(cache=DynamicCache(), layers=layers), inputs)
         recording.is_compared = agree(played.last_hidden_state, layers, ran)
         if not recording.is_compared:
-            warnings.warn("a recorded prompt differs from one that ran, so all prompts run", stacklevel=2)
+            message = "a forward that was recorded as a CUDA graph differs from one that ran, so all of the model run"
+            warnings.warn(message, stacklevel=2)
             self.clear()
             self._is_refused = True
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_sparse.core.generation import Generation, announced
 from hf_sparse.ops.triton import is_on_gpu
 from hf_sparse.patches.attached import CHILD, sparse_layers
-from hf_sparse.patches.backbone_class import backbone_class, run
+from hf_sparse.patches.backbone_class import backbone_class, own_forward
 from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.derived_class import restore_class, set_derived_class
 from hf_sparse.patches.interface import NAME
@@ -87,7 +87,7 @@ class ModelSwitch:
         """List the patched attention modules; they are looked for once."""
         modules = [module for reference in self._modules if (module := reference()) and CHILD in module._modules]
         if not modules or len(modules) < len(self._modules):
-            model: Any = self.model()
+            model: Any = self.model() or self.backbone()  # the head may be gone
             modules = [module for module in model.modules() if CHILD in module._modules]
             self._modules = [weakref.ref(module) for module in modules]
         return modules
@@ -96,10 +96,10 @@ class ModelSwitch:
         """Leave the model as it was, and what others have set in it since."""
         self(False)
         self.prompts.clear()
-        backbone: Any = self.backbone()
-        if vars(backbone).pop("model_switch", None) is not None:
+        backbone, model = self.backbone(), self.model()
+        if backbone is not None and vars(backbone).pop("model_switch", None) is not None:
             restore_class(backbone)
-        own = vars(self.model())
+        own = {} if model is None else vars(model)
         for name in (*self._BEFORE, self._MASKS, *self._INPUTS):
             if own.get(name) == getattr(self, name):
                 del own[name]
@@ -231,8 +231,8 @@ class ModelSwitch:
     def read(self, backbone: nn.Module, inputs: dict[str, Any]) -> Any:
         """Return what the forward of the backbone returns for several tokens of each text; see `RecordedPrompts`."""
         if backbone is not self.backbone() or self.config._attn_implementation != NAME:  # a replica, or switched off
-            return run(backbone, inputs)
-        return self.prompts.read(backbone, self.modules(), inputs)
+            return own_forward(backbone, inputs)
+        return self.prompts.read(backbone, self.modules, inputs)
 
     def forget_modules(self) -> None:
         """Look for the patched modules anew, for one was added."""

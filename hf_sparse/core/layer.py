@@ -111,7 +111,7 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
         """
         raise NotImplementedError
 
-    def attend_as_before(
+    def attend_fast(
         self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: Any, call: Any, scaling: float
     ) -> Tensor | None:
         """Compute what `attend` does for whole texts, in as little Python as layers before this one allow.
@@ -127,7 +127,7 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
         return None
 
     def prepare(self, length: int) -> Any:
-        """Return what `attend_as_before` needs to know of this layer in a forward that keeps no keys.
+        """Return what `attend_fast` needs to know of this layer in a forward that keeps no keys.
 
         Args:
             length: tokens of the texts, which are read without gradients and autocast.
@@ -225,6 +225,11 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
         method `lent_to(attention)`: it returns one with the same memory for the attention of another layer.
         """
         return False
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """Return the tokens beyond which a prompt that fills a cache is refused; `None` for any number."""
+        return None
 
     @property
     def prompt_edge(self) -> int | None:

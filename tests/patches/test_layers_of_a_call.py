@@ -44,7 +44,7 @@ def logits(model, ids=IDS, **inputs):
 def logits_without_a_call(model, **inputs):
     """The forward of the base model's backbone, in which no layer knows of the others."""
     with torch.no_grad():
-        output = type(model.model).model_class.forward(model.model, IDS, **{"use_cache": False} | inputs)
+        output = type(model.model).unpatched_class.forward(model.model, IDS, **{"use_cache": False} | inputs)
         return model.lm_head(output[0])
 
 
@@ -61,7 +61,7 @@ def test_what_is_attended_in_the_long_way(model, attended, inputs):
     assert attended == [0, 1, 2]
     with torch.no_grad():  # a layer at a time, outside of a forward of the backbone
         found = model.lm_head(
-            type(model.model).model_class.forward(model.model, IDS, **{"use_cache": False} | inputs)[0]
+            type(model.model).unpatched_class.forward(model.model, IDS, **{"use_cache": False} | inputs)[0]
         )
     assert torch.equal(found, expected)
 

@@ -9,12 +9,16 @@ import inspect
 import pickle
 import runpy
 import weakref
+from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForSequenceClassification, LlamaModel
 
 import hf_sparse
@@ -24,8 +28,8 @@ from hf_sparse.patches import recorded_prompts, sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
-(assert_same_layers, choosing, generate, prompt, recordings_of) = itemgetter(
-    "assert_same_layers", "choosing", "generate", "prompt", "recordings_of"
+(assert_same_layers, choosing, generate, prompt, prompts_of, recordings_of) = itemgetter(
+    "assert_same_layers", "choosing", "generate", "prompt", "prompts_of", "recordings_of"
 )(runpy.run_path(str(Path(__file__).with_name("prompts.py"))))
 
 
@@ -130,7 +134,7 @@ def test_a_recording_that_differs_is_refused(model, played_prompts, monkeypatch,
     monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_play", differ)
     for seed in (1, 2):
         forward(model, prompt(seed=seed), use_cache=False)
-    with pytest.warns(UserWarning, match="a recorded prompt differs from one that ran, so all prompts run"):
+    with pytest.warns(UserWarning, match="recorded as a CUDA graph differs from one that ran, so all of the model run"):
         assert cache_of(check(model, use_cache=False)) is None
     for _ in range(4):
         check(model, use_cache=False)
@@ -442,3 +446,187 @@ def test_a_compiled_model_is_not_recorded(model, played_prompts):
     with unrecorded():
         torch.testing.assert_close(found, forward(model, **inputs).logits, rtol=1e-4, atol=1e-5)
     assert not played_prompts
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda model: model.model,
+        lambda model: copy.deepcopy(model.model),
+        lambda m: pickle.loads(pickle.dumps(m.model)),
+    ],
+    ids=["kept", "deepcopy", "pickle"],
+)
+def test_a_backbone_whose_head_is_gone(tiny_llama, played_prompts, copied):
+    """As of a model that embeds: it runs, is played, and is unpatched as before."""
+    model = choosing(tiny_llama())
+    expected = forward(model.model).last_hidden_state
+    backbone = copied(model)
+    del model
+    gc.collect()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(prompt(), use_cache=False)[0], expected, rtol=1e-4, atol=1e-5)
+    warm_up(backbone)
+    played = len(played_prompts)
+    check(backbone)
+    assert len(played_prompts) == played + 1
+    unpatch(backbone)
+    assert type(backbone) is LlamaModel
+
+
+def test_two_heads_of_a_backbone(model, tiny_llama, played_prompts):
+    head = LlamaForSequenceClassification(tiny_llama().config).eval().to(DEVICE)
+    head.model = model.model
+    expected = forward(head, use_cache=False).logits
+    backbone = model.model
+    del model
+    gc.collect()
+    for _ in range(4):
+        torch.testing.assert_close(forward(head, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    assert played_prompts and type(backbone) is not LlamaModel
+
+
+def test_a_model_with_cross_attention_runs(played_prompts):
+    """Its cache has two halves."""
+    model = choosing(FAMILIES["gpt2"].make(add_cross_attention=True))
+    for use_cache in (True, False, None) * 3:
+        assert forward(model, use_cache=use_cache).logits.isfinite().all()
+    assert not played_prompts
+
+
+def test_an_error_in_the_comparison_is_not_that_of_the_forward(model, played_prompts, monkeypatch):
+    monkeypatch.setattr(recorded_prompts, "agree", lambda *_: 1 / 0)
+    for _ in range(6):
+        check(model)
+    assert not prompts_of(model).played and not recordings_of(model)
+
+
+def test_texts_beyond_what_can_be_pinned_run_without_a_cache(tiny_llama, played_prompts):
+    """And leave alone what is recorded of prompts that can."""
+    model = choosing(tiny_llama(), k=30, pin_prompt=-1)
+    for length in (90, 20, 90):
+        for seed in range(5):
+            check(model, prompt(length, seed=seed), use_cache=False)
+    assert played_prompts == [32, 32]
+
+
+def test_what_is_set_for_a_while(model, played_prompts):
+    for layer in sparse_layers(model):
+        layer.dense_window = 8
+    for _ in range(5):
+        forward(model, use_cache=False)
+    for layer in sparse_layers(model):
+        layer.dense_window = 0
+    assert not played_prompts
+    warm_up(model, use_cache=False)
+    check(model, use_cache=False)
+    assert played_prompts
+
+
+def test_other_outputs_of_the_configuration_run(played_prompts):
+    model = choosing(FAMILIES["mixtral"].make(output_router_logits=True))
+    for _ in range(5):
+        with torch.no_grad():
+            assert model.model(prompt()).router_logits is not None
+    assert not played_prompts
+
+
+def test_keywords_that_say_something_with_false(model, played_prompts):
+    warm_up(model)
+    check(model, output_attentions=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is_causal=False was asked of"):
+            forward(model, is_causal=False)
+    assert played_prompts == [64]
+
+
+@pytest.mark.parametrize("part", ["backbone", "attention", "mlp"])
+def test_a_forward_that_is_replaced_in_a_class_is_called(model, played_prompts, monkeypatch, part):
+    module = {"backbone": model.model, "attention": model.model.layers[0].self_attn, "mlp": model.model.layers[0].mlp}[
+        part
+    ]
+    kind = getattr(type(module), "unpatched_class", type(module))
+    warm_up(model)
+    check(model)
+    calls, given = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: calls.append(1) or given(*args, **kwargs))
+    forward(model)
+    assert calls and played_prompts == [64]
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 0.5 if func is torch.nn.functional.silu else result
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_torch_see_each_operation(model, played_prompts):
+    warm_up(model)
+    plain = check(model)
+    with Halved():
+        halved = forward(model)
+    assert not torch.allclose(halved.logits, plain.logits) and played_prompts == [64]
+    counts = []
+    for _ in range(2):
+        with Counted() as counted:
+            forward(model)
+        counts.append(counted.calls)
+    assert counts[0] == counts[1] > 100 and played_prompts == [64]
+    torch.set_default_device(DEVICE)  # a mode too
+    try:
+        check(model)
+    finally:
+        torch.set_default_device(None)
+    assert played_prompts == [64, 64]
+
+
+def test_derivatives_in_forward_mode(model, played_prompts):
+    warm_up(model, use_cache=False)
+    weight = model.model.norm.weight.detach()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = {"model.norm.weight": forward_ad.make_dual(weight, torch.ones_like(weight))}
+        logits = torch.func.functional_call(model, dual, (prompt(),), {"use_cache": False}).logits
+        assert forward_ad.unpack_dual(logits).tangent is not None
+    assert not played_prompts
+
+
+def test_a_trace_is_refused(model):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"torch\.jit\.trace would record"):
+        torch.jit.trace(model.model, (prompt(),), strict=False)
+
+
+def test_arguments_that_no_forward_takes(model, played_prompts):
+    with torch.no_grad():
+        with pytest.raises(TypeError, match=r"positional argument|multiple values"):
+            model.model(prompt(), *[None] * 12)
+        with pytest.raises(TypeError, match="multiple values"):
+            model.model(prompt(), input_ids=prompt())
+        for _ in range(4):
+            found = model.model(prompt(), None)
+    with unrecorded():
+        expected = forward(model.model)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert played_prompts == [64]
+
+
+def test_training_gets_the_memory_of_what_was_recorded_before_it(model, played_prompts):
+    """Once: later there was room beside it."""
+    for number in range(2):
+        warm_up(model)
+        check(model)
+        assert len(recordings_of(model)) == 1
+        model.train()
+        with pytest.warns(UserWarning, match="learn nothing") if number == 0 else nullcontext():
+            model(prompt(14), use_cache=False)
+        model.eval()
+        assert len(recordings_of(model)) == number

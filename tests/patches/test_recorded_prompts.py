@@ -392,7 +392,7 @@ def test_a_recording_that_differs_from_a_prompt_that_ran_is_refused(model, playe
     expected = generate(model, prompt(40), max_new_tokens=4, disable_compile=True)
     for _ in range(2):
         generate(model, prompt(40))
-    with pytest.warns(UserWarning, match="a recorded prompt differs from one that ran, so all prompts run"):
+    with pytest.warns(UserWarning, match="recorded as a CUDA graph differs from one that ran, so all of the model run"):
         assert_same(generate(model, prompt(40), max_new_tokens=4), expected)
     for _ in range(4):
         assert_same(generate(model, prompt(40), max_new_tokens=4), expected)

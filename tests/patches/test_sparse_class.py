@@ -115,7 +115,7 @@ def test_a_model_that_accelerate_dispatched(base, hooks):
 
 def test_a_forward_that_is_replaced_in_the_class_later_is_called(model, monkeypatch):
     module: Any = attention_of(model)[0]
-    kind, calls = module.model_class, []
+    kind, calls = module.unpatched_class, []
     given = kind.forward
     monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: calls.append(1) or given(*args, **kwargs))
     logits(model)

@@ -27,14 +27,14 @@ from hf_sparse.methods.sparsek.first_calls import steps_begun
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import Scoring, read_as_before, read_in_few_launches, scoring_of
+from hf_sparse.methods.sparsek.reading import Scoring, read_fast, read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import ScoredTokens, token_index
 from hf_sparse.methods.sparsek.without_cache import (
     ReadyLayer,
-    attend_alone_as_before,
+    attend_fast_alone,
     attend_without_cache,
     ready_layer,
 )
@@ -209,6 +209,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return budget.fewest_slots - (budget.window if config.pin_prompt == WHOLE_PROMPT else 0)
 
     @property
+    def longest_prompt(self) -> int | None:
+        """Return the tokens that can be pinned, where the whole prompt is to be; see `SparseAttentionLayer`."""
+        return self.prompt_edge if self.config.pin_prompt == WHOLE_PROMPT else None
+
+    @property
     def dense_tokens(self) -> int:
         """Count the tokens that fit into the slots of each head, see `SparseAttentionLayer`."""
         return self.budget.fewest_slots if self.baseline is None else 0
@@ -263,13 +268,13 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         cache.pin()
         return output
 
-    def attend_as_before(
+    def attend_fast(
         self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: Any, call: Any, scaling: float
     ) -> Tensor | None:
         """Attend as a layer before in the same call, see `SparseAttentionLayer`."""
         if cache is None:
-            return attend_alone_as_before(query, key, value, hidden_states, call.ready[self], call, scaling)
-        return read_as_before(query, key, value, hidden_states, cache, scaling)
+            return attend_fast_alone(query, key, value, hidden_states, call.ready.get(self), call, scaling)
+        return read_fast(query, key, value, hidden_states, cache, scaling)
 
     def prepare(self, length: int) -> ReadyLayer | None:
         """Return what texts are attended to with of which nothing is kept, see `SparseAttentionLayer`."""

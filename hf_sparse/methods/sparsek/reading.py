@@ -180,7 +180,7 @@ def read_in_few_launches(
     return attend_to_all(new) if output is None else output
 
 
-def read_as_before(
+def read_fast(
     query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: SparseKCacheLayer, scaling: float
 ) -> Tensor | None:
     """Read a text as `read_in_few_launches`, by launches that are known, as a layer before in the same call did.
@@ -196,7 +196,9 @@ def read_as_before(
     """
     call, scoring = cache.call, cache.scoring
     shared: Any = None if call is None else call.shared
-    if call is None or shared is None or scoring is None or cache.is_initialized or torch.is_grad_enabled():
+    if call is None or shared is None or scoring is None or cache.is_initialized:
+        return None
+    if torch.is_grad_enabled() or type(query) is not Tensor:
         return None
     number, counts = call.begun - shared.first, cache.counts
     if not 0 <= number < len(shared.counts) or shared.counts[number] != (counts or cache.slots):

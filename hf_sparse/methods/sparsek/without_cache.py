@@ -89,7 +89,7 @@ def _kind_of(budget: Budget) -> Budget:
     return budget if isinstance(budget.k, int) else budget._replace(k=(most_selected(budget.k),))
 
 
-def attend_alone_as_before(
+def attend_fast_alone(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -108,7 +108,7 @@ def attend_alone_as_before(
     Returns:
         `[B, Hq, T, D]`; `None` where `attend_without_cache` has to do it.
     """
-    if ready is None:
+    if ready is None or torch.is_grad_enabled() or type(query) is not Tensor:
         return None
     if key.shape[2] <= ready.fewest_slots:
         grouped = query.shape[1] != key.shape[1]

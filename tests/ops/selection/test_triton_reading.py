@@ -328,7 +328,7 @@ def test_a_layer_reads_by_the_launches_of_the_one_before(counts, fits, monkeypat
         for number, count in enumerate(counts):
             cache = layer_of(call, count)
             cache.scoring, cache.owner = scoring, (None, None)
-            short = reading.read_as_before(*new[:4], cache, 0.25)
+            short = reading.read_fast(*new[:4], cache, 0.25)
             assert (short is None) == (number == 0)  # no layer has read before the first
             outputs.append(reading.read_in_few_launches(attention, new, cache) if short is None else short)
             caches.append(cache)
@@ -371,7 +371,7 @@ def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
     elif change == "used":
         second.is_initialized = True
     with torch.set_grad_enabled(change == "gradients"):
-        assert reading.read_as_before(query, key, value, states, second, 0.25) is None
+        assert reading.read_fast(query, key, value, states, second, 0.25) is None
     assert len(program.bases) == 1 and second.shared is None
 
 
@@ -402,17 +402,18 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
         expected = without_cache.attend_without_cache(attention, NewTokens(query, key, value, states, None, 0.25))
         ready = without_cache.ready_layer(attention, 30)
         for _ in range(2):
-            found = without_cache.attend_alone_as_before(query, key, value, states, ready, call, 0.25)
+            found = without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25)
             assert torch.equal(found, expected)
         assert call.shared.program is program
         assert program.bases[0] == program.bases[1] == program.bases[2]
         short = [tensor[:, :, :9] for tensor in (query, key, value)]
-        found = without_cache.attend_alone_as_before(*short, states, ready, call, 0.25)
+        found = without_cache.attend_fast_alone(*short, states, ready, call, 0.25)
         expected = without_cache.attend_without_cache(attention, NewTokens(*short, states, None, 0.25))
         assert torch.equal(found, expected) and len(program.bases) == 3
         monkeypatch.setattr(without_cache, "_programs", {})
         longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
-        assert without_cache.attend_alone_as_before(*longer, states, ready, call, 0.25) is None
+        assert without_cache.attend_fast_alone(*longer, states, ready, call, 0.25) is None
+    assert without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25) is None  # gradients
     assert without_cache.ready_layer(attention, 9).scoring is None  # a text that fits needs no scores
     for name, other in (("training", True), ("causal", False), ("uses_scorer", False)):
         with monkeypatch.context() as changed:
@@ -449,7 +450,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), budget)
     ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
     results = []
-    ways = ["read_as_before", "attend_alone_as_before"]
+    ways = ["read_fast", "attend_fast_alone"]
     taken = dict.fromkeys(ways, 0)
 
     def counted(name, do):
@@ -471,7 +472,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
             output = model(ids[:, :length], use_cache=True)
             alone = model(ids[:, :length], use_cache=False)
         if path == "second call":  # the second layer makes the slots of both
-            assert taken == {"read_as_before": 1, "attend_alone_as_before": 2}
+            assert taken == {"read_fast": 1, "attend_fast_alone": 2}
         torch.testing.assert_close(alone.logits, output.logits, rtol=1e-3, atol=1e-3)
         logits, caches = [output.logits], [cache_of(output)]
         with torch.no_grad():
