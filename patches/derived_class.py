@@ -13,7 +13,7 @@ def derived_class(kind: Any, forward: Callable[..., Any], make: Callable[[Any], 
     Args:
         kind: the class.
         forward: in place of that of the class.
-        make: returns this subclass for the class; copies and pickles of a module name it.
+        make: a function that returns this subclass for the class; a copy or a pickle of a module calls it by name.
     """
 
     def reduce(self: nn.Module, protocol: Any) -> Any:

@@ -59,7 +59,7 @@ def _mask(inputs: dict[str, Any]) -> Any:
 
 
 def has_padding(inputs: dict[str, Any]) -> bool:
-    """Tell whether a mask hides tokens; this waits for nothing where the prompt is the first that is launched."""
+    """Tell whether a mask hides tokens; this waits for the device, which has nothing to do before a first prompt."""
     mask = _mask(inputs)
     return mask is not None and not bool(mask.all())
 

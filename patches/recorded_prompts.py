@@ -109,8 +109,8 @@ class _Memory:
         states: a number for each state of the model, which `model_state.state_of` returns.
         firsts: tokens of the first prompt of each bucket and kind, until it stands in a trial; then 0.
         prompts: how many might have been played.
-        refusals: how many looks at the model in a row found that it cannot be recorded.
-        skipped: prompts that run before the next look.
+        refusals: how many times in a row the state of the model was one that cannot be recorded.
+        skipped: how many prompts are still to run before that is looked at again; twice as many after each refusal.
         edges: `SparseAttentionLayer.prompt_edge` of each attention, at the last look: buckets end there.
         expected: what was played last, by the length of the bucket and the kind of inputs.
         pool: the memory of the recordings.

@@ -65,9 +65,12 @@ def generate_summary(runs: Sequence[Run]) -> str:
 
 
 @speed_table("prefill calls", ("prefill-h200",))
-@speed_table("entmax prefill calls", ("prefill-entmax-h200",))
+@speed_table("entmax prefill calls", ("prefill-entmax-2a908df-h200", "prefill-entmax-h200"))
 def prefill_call_table(runs: Sequence[Run]) -> str:
-    """Tabulate runs of `prefill.py`: milliseconds and ratios of the calls, texts played, and kernels of a forward."""
+    """Tabulate runs of `prefill.py`: milliseconds and ratios of the calls, texts played, and kernels of a forward.
+
+    A cell is that of the first run which has it; earlier runs played no forward.
+    """
     rows = []
     every = joined_rows(runs, "shape", "prompt", keep=("commit",))
     shapes = list(dict.fromkeys(row["shape"] for row in every))

@@ -15,7 +15,7 @@ class BackboneCall:
     and asks the method what each of them needs. (Layers that keep keys share a `ModelCall`.)
 
     Attributes:
-        ready: what `SparseAttentionLayer.prepare` returned, by layer, of the layers that attend sparsely in this call.
+        ready: by sparse attention layer, what `prepare` of it returned: what it needs in this call, computed ahead.
         shared: what the method lets its layers share; `None` before that.
     """
 

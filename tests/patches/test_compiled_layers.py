@@ -212,7 +212,9 @@ def test_logits_of_half_precision_on_a_gpu_are_those_of_eager_steps(tiny_llama, 
     launched, launch = [], products._launch
 
     def note(x, weights, *given):
-        if not x.is_meta:  # which only compiles
+        if (
+            not x.is_meta and threading.current_thread() is threading.main_thread()
+        ):  # others only compile, maybe for a test before
             launched.append(len(weights))
         launch(x, weights, *given)
 

@@ -582,9 +582,10 @@ def test_modes_of_torch_see_each_operation(model, played_prompts):
             forward(model)
         counts.append(counted.calls)
     assert counts[0] == counts[1] > 100 and played_prompts == [64]
+    ids = prompt()
     torch.set_default_device(DEVICE)  # a mode too
     try:
-        check(model)
+        check(model, ids)
     finally:
         torch.set_default_device(None)
     assert played_prompts == [64, 64]

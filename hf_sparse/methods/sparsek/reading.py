@@ -88,7 +88,7 @@ class SharedReading:
         found = self.others.get(layout)
         if found is None:
             program = _programs.get(layout)
-            if program is None or self.keys != _kind_of(key):
+            if program is None or self.keys != _keys_layout(key):
                 return False
             with lasting():
                 found = program, program.memory()
@@ -97,7 +97,7 @@ class SharedReading:
         return True
 
 
-def _kind_of(key: Tensor) -> tuple[Any, ...]:
+def _keys_layout(key: Tensor) -> tuple[Any, ...]:
     """Return what keys of layers have in common that share slots: rows, heads, size, dtype and device."""
     batch, heads, _, dim = key.shape
     return batch, heads, dim, key.dtype, key.device
@@ -216,7 +216,8 @@ def read_fast(
     if layout != shared.layout and not shared.use(layout, key):
         return None
     program = shared.program
-    bases = [query.data_ptr()] if program.order else []  # otherwise all keys fit: the launches read no query
+    # Where all keys fit into the slots, the launches fill these and return nothing: they read no query.
+    bases = [query.data_ptr()] if program.order else []
     bases += (of_key, of_value, of_states, *scoring.addresses, *shared.slots.addresses(number))
     of_heads: Any = cache.k
     bases += (0, 0) if counts is None else _addresses_of_tables(of_heads, counts, key.device)
@@ -315,7 +316,7 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> t
     program = _programs.get(layout)
     if program is None:
         return None
-    batch, heads, dim, _, _ = keys = _kind_of(key)
+    batch, heads, dim, _, _ = keys = _keys_layout(key)
     from hf_sparse.ops.selection.triton.reading import places_of_slots
 
     own = cache.counts or cache.slots

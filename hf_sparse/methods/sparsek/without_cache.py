@@ -42,7 +42,7 @@ class ReadyLayer(NamedTuple):
 
     Attributes:
         fewest_slots: as many tokens are attended to in full.
-        budget: what launches depend on of the budget of the layer, see `_kind_of`.
+        budget: what launches depend on of the budget of the layer, see `_launch_budget`.
         scoring: what its scorer computes with; `None` where no kernel knows it, or none is needed.
         table: where the table of heads that differ is, 0 without one.
     """
@@ -81,10 +81,10 @@ def ready_layer(attention: "SparseKAttention", length: int) -> ReadyLayer | None
     scoring = scoring_of(attention) if _TRITON and length > fewest else None
     if scoring is None or isinstance(budget.k, int):
         return ReadyLayer(fewest, budget, scoring, 0)
-    return ReadyLayer(fewest, _kind_of(budget), scoring, _address_of_counts(budget.k, scoring.weight.device))
+    return ReadyLayer(fewest, _launch_budget(budget), scoring, _address_of_counts(budget.k, scoring.weight.device))
 
 
-def _kind_of(budget: Budget) -> Budget:
+def _launch_budget(budget: Budget) -> Budget:
     """Return what launches depend on of a budget: heads that differ select by a table, up to a number of keys."""
     return budget if isinstance(budget.k, int) else budget._replace(k=(most_selected(budget.k),))
 
@@ -160,7 +160,7 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         return None
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
-        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, _kind_of(budget),
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, _launch_budget(budget),
     )  # fmt: skip
     addresses = aligned_addresses(new, scoring)
     program = _programs.get(layout) if addresses else None
