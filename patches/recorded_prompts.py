@@ -167,9 +167,7 @@ class RecordedPrompts:
             inputs: of the forward, by name.
         """
         if not self._has_trained and model.training and torch.is_grad_enabled():
-            self._has_trained = (
-                True  # from now on the peak of memory, by which there is room or not, is that of training
-            )
+            self._has_trained = True  # from now on the peak of memory, which `_has_room` knows, is that of training
             self.clear()
         if self._is_refused or _all_run.get() or not may_be_played(inputs):
             return own_forward(model, inputs)
@@ -187,15 +185,16 @@ class RecordedPrompts:
 
     def _read(self, model: nn.Module, modules: Callable[[], Sequence[nn.Module]], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
-        arrived, ids, prompt = time.perf_counter(), inputs["input_ids"], None
+        arrived, ids = time.perf_counter(), inputs["input_ids"]
         first = bucket_of(model, len(ids), ids.shape[1], ()), kind_of(inputs)
         if first[0] is None:
             return own_forward(model, inputs)
+        prompt = recording = None
         with self._lock:
-            self._arrived = arrived
-            if is_first := first not in self._memory.firsts:
-                self._memory.prompts += 1
-            elif self._is_worth_a_look(model, inputs):
+            memory, self._arrived = self._memory, arrived
+            memory.prompts += 1
+            is_first = first not in memory.firsts
+            if not is_first and self._is_worth_a_look(model, inputs):
                 begun = self._begin(model, inputs)
                 prompt = self._prompt(model, modules(), inputs, begun is not None)
                 recording = None if prompt is None else self._recording(model, prompt, inputs)
@@ -203,29 +202,33 @@ class RecordedPrompts:
                 if prompt is not None and recording is not None and recording.is_compared:
                     self.played += 1
                     return (self._finish if recording is begun else self._play)(recording, prompt, inputs)
-                if prompt is not None:
-                    trial = self._trial(model, prompt, first)
-        if prompt is None:
-            output = own_forward(model, inputs)
-            if is_first and len(self._memory.firsts) < _MOST_FIRSTS:
-                self._memory.firsts[first] = ids.shape[1]
-            return output
+            trial = None if prompt is None else self._trial(model, prompt, first)
+        if prompt is not None and trial is not None:
+            return self._try(model, prompt, recording, trial, inputs)
+        output = own_forward(model, inputs)
+        if is_first and len(memory.firsts) < _MOST_FIRSTS:
+            memory.firsts[first] = ids.shape[1]
+        return output
+
+    def _try(
+        self, model: nn.Module, prompt: Prompt, recording: Recording | None, trial: Trial, inputs: dict[str, Any]
+    ) -> Any:
+        """Run a prompt, note how long it takes, and compare it with a recording of it that is new."""
         timing = Timing() if trial.lengths and not trial.is_over else None
-        if recording is None or prompt.cache is not None:
-            output = own_forward(model, inputs)
-        else:  # what layers keep is compared too
+        if recording is not None and prompt.cache is None:  # what layers keep is compared too
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
             output = own_forward(model, inputs | {"use_cache": True} | with_cache(cache))
-        trial.note(ids.shape[1], timing)
-        if recording is not None:
-            with self._lock:
-                try:
-                    self._compare(recording, prompt, inputs, output)
-                except Exception as error:
-                    self._give_up(prompt, error)
-            if prompt.cache is None:
-                output = type(output)(last_hidden_state=output.last_hidden_state)
-        return output
+        else:
+            output = own_forward(model, inputs)
+        trial.note(inputs["input_ids"].shape[1], timing)
+        if recording is None:
+            return output
+        with self._lock:
+            try:
+                self._compare(recording, prompt, inputs, output)
+            except Exception as error:
+                self._give_up(prompt, error)
+        return output if prompt.cache is not None else type(output)(last_hidden_state=output.last_hidden_state)
 
     def _give_up(self, prompt: Prompt, error: Exception) -> None:
         """Record no more prompts of a bucket; none of the model at all where the first recording failed."""
@@ -238,7 +241,6 @@ class RecordedPrompts:
     def _is_worth_a_look(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Tell whether a look at the model may lead to a replay, or to a recording."""
         memory, ids = self._memory, inputs["input_ids"]
-        memory.prompts += 1
         if memory.skipped:
             memory.skipped -= 1
             return False
@@ -315,7 +317,7 @@ class RecordedPrompts:
         if not count or [module.layer_idx for module in modules] != list(range(count)):
             return None
         attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
-        if not all([attention.is_active and not attention.dense_window for attention in attentions]):
+        if not all([one.is_active and one.causal and not one.dense_window for one in attentions]):
             return None
         if any([one.longest_prompt is not None and one.longest_prompt < ids.shape[1] for one in attentions]):
             return None
