@@ -8,7 +8,6 @@ import gc
 import inspect
 import pickle
 import runpy
-import weakref
 from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
@@ -421,20 +420,6 @@ def test_a_length_that_came_once_costs_no_look(model, played_prompts, monkeypatc
         forward(model, prompt(length))
     with pytest.raises(ZeroDivisionError):
         forward(model, prompt(131))
-
-
-def test_recordings_go_with_the_model(tiny_llama, played_prompts):
-    """No cycle through the backbone keeps them."""
-    model = choosing(tiny_llama())
-    warm_up(model)
-    forward(model)
-    (recording,) = (weakref.ref(one) for one in recordings_of(model).values())
-    gc.disable()
-    try:
-        del model
-        assert recording() is None
-    finally:
-        gc.enable()
 
 
 def test_a_compiled_model_is_not_recorded(model, played_prompts):
