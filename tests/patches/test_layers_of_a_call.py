@@ -44,7 +44,8 @@ def logits(model, ids=IDS, **inputs):
 def logits_without_a_call(model, **inputs):
     """The forward of the base model's backbone, in which no layer knows of the others."""
     with torch.no_grad():
-        output = type(model.model).unpatched_class.forward(model.model, IDS, **{"use_cache": False} | inputs)
+        inputs = {"input_ids": IDS, "use_cache": False} | inputs
+        output = type(model.model).unpatched_class.forward(model.model, **inputs)
         return model.lm_head(output[0])
 
 
@@ -85,10 +86,6 @@ def train(model):
     model.train()
 
 
-def switch_off(model):
-    sparse_layers(model)[1].enable_adapters(False)
-
-
 @pytest.mark.parametrize("change", [observe, choose_by_a_baseline, attend_nearby, train])
 def test_layers_that_do_otherwise(model, attended, change):
     change(model)
@@ -108,11 +105,13 @@ def test_autocast_takes_the_long_way(model, attended):
     assert attended == [0, 1, 2]
 
 
-def test_a_layer_that_is_switched_off_between_calls(model):
-    logits(model)
+def test_a_layer_without_an_adapter_between_calls(model):
+    """It attends densely, and the others as before."""
+    sparse = logits(model, IDS.repeat(1, 2))
     sparse_layers(model)[2].set_adapter([])
-    dense = logits(model)
-    assert dense.isfinite().all()
+    found = logits(model, IDS.repeat(1, 2))
+    assert not torch.equal(found, sparse)
+    assert torch.equal(found, logits_without_a_call(model, input_ids=IDS.repeat(1, 2)))
 
 
 def test_each_call_checks_anew(model):
