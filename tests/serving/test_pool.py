@@ -1,5 +1,7 @@
 """The pool of rows: mixed requests give what `generate` gives, and no request sees another's state."""
 
+import ctypes
+import gc
 from pathlib import Path
 
 import pytest
@@ -285,6 +287,8 @@ def test_memory_stays_over_2000_requests(model, engine, request_of):
     """All rows are free again, and the process has no more memory than after the first requests."""
 
     def resident():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed and the allocator still holds is another amount each time
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     runner = engine(model, 64, 256)
@@ -293,5 +297,5 @@ def test_memory_stays_over_2000_requests(model, engine, request_of):
         runner.run([request_of(prompt, 2) for prompt in prompts([1 + number % 23 for number in range(200)])])
         memory.append(resident())
         assert runner.pool.free_rows == 64
-    assert memory[-1] - memory[1] < 4 << 20
+    assert memory[-1] - memory[1] < 2 << 20, memory
     assert sum(state.nbytes for states in runner.pool.layers for state in states) == nbytes
