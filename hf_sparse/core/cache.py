@@ -17,22 +17,15 @@ class ModelCall:
     is none in a call that is being compiled, or recorded as a decoding step.
 
     Attributes:
-        layers: how many of them are not filled yet.
         kinds: what the layers may differ in, as the method says it of each, in their order.
         shared: what the method lets its layers share while they read, of a class of the method; `None` before that.
         end: `[1]` int64 on the device, in a prompt that is recorded: the tokens of the text, of which more are read;
             the layers shall keep what a text of so many tokens keeps. `None` for as many as are read.
     """
 
-    layers: int = 0
     kinds: list[Any] = field(default_factory=list)
-    shared: object = None
+    shared: Any = None
     end: Tensor | None = None
-
-    @property
-    def begun(self) -> int:
-        """Count the layers that are filled, of those that have said what they differ in."""
-        return len(self.kinds) - self.layers
 
 
 class SparseCacheLayer(Protocol):

@@ -193,7 +193,6 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
         """Make a new, empty cache layer in a call of the model that is going to fill it."""
         layer: Any = self.cache_layer()
         layer.call = call
-        call.layers += 1
         return layer
 
     def dense_cache_layer(self, layer: DynamicLayer) -> DynamicLayer:

@@ -141,7 +141,7 @@ def test_a_layer_that_an_error_left_with_keys_is_checked(model):
     with torch.no_grad():
         model(IDS[:, :10], **with_cache(cache))
         layer = cache.layers[1]
-        layer.call = ModelCall(layers=1)
+        layer.call = ModelCall()
         layer.seen.zero_()
         with pytest.raises(ValueError, match="real tokens before the new ones"):
             model(IDS[:, 10:13], **with_cache(cache))

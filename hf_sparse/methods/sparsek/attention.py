@@ -27,7 +27,7 @@ from hf_sparse.methods.sparsek.first_calls import steps_begun
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import Scoring, read_fast, read_in_few_launches, scoring_of
+from hf_sparse.methods.sparsek.reading import LayerToRead, Scoring, read_fast, read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
@@ -157,8 +157,9 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Make the KV slots of this module in a call of the model that is going to fill them."""
         layer: Any = super().cache_layer_in_call(call)
         # With it the layer reads as those before it in the call.
-        layer.scoring = scoring_of(self) if self.uses_scorer and not layer.pins_prompt else None
-        call.kinds.append((layer.counts or layer.slots, layer.scoring and layer.scoring.layout))  # which has the device
+        layer.scoring = scoring = scoring_of(self) if self.uses_scorer and not layer.pins_prompt else None
+        layer.number_in_call = len(call.kinds)
+        call.kinds.append(LayerToRead(layer.k, layer.window, layer.sinks, layer.counts, scoring))
         return layer
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.fixed_memory import fix_address
+from hf_sparse.methods.sparsek.slot_memory import SlotTensor
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection.next_slots import next_slots
 
@@ -26,6 +27,7 @@ class RaggedCacheLayer(SparseKCacheLayer):
             token.
     """
 
+    offsets: Any = SlotTensor()
     k: tuple[int, ...]  # type: ignore[assignment]
     counts: tuple[int, ...]
 
@@ -39,8 +41,7 @@ class RaggedCacheLayer(SparseKCacheLayer):
         depends_on_text: bool = False,
     ) -> None:
         super().__init__(k, window, sinks, owner, all_sparse, depends_on_text)  # type: ignore[arg-type]
-        self.counts = tuple(sinks + window + count for count in k)
-        self.offsets = None
+        self.counts = tuple([sinks + window + count for count in k])
 
     @property
     def slots(self) -> int:
@@ -55,9 +56,16 @@ class RaggedCacheLayer(SparseKCacheLayer):
         super().lazy_initialization(key_states, value_states)
         self._make_offsets()
 
-    def _begin_with(self, dtype: torch.dtype, device: torch.device) -> None:
-        super()._begin_with(dtype, device)
+    def take(self, *tensors: Tensor) -> None:
+        super().take(*tensors)
         self._make_offsets()
+
+    @torch.compiler.assume_constant_result
+    def find_tensors(self) -> bool:
+        if self.shared is not None:
+            super().find_tensors()
+            self._make_offsets()
+        return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy all but the offsets, whose address tells the numbers of slots, see `ragged.counts_of`."""
@@ -94,7 +102,7 @@ class RaggedCacheLayer(SparseKCacheLayer):
     def _fill_whole(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
         slots = (self.keys, self.values, self.scores, self.positions, self.seen)
         options = {"counts": self.counts, "offsets": self.offsets, "window": self.window, "sinks": self.sinks}
-        ragged.fill_slots(*slots, keys, values, scores, **options)  # type: ignore[arg-type]
+        ragged.fill_slots(*slots, keys, values, scores, **options)
 
     def _fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
         for number, head in enumerate(self.heads()):
@@ -105,13 +113,13 @@ class RaggedCacheLayer(SparseKCacheLayer):
         slots = (self.keys, self.values, self.scores, self.positions)
         ragged.insert_token(
             *slots, self.seen, key, value, score, valid,
-            counts=self.counts, offsets=self.offsets, window=self.window, sinks=self.sinks,  # type: ignore[arg-type]
+            counts=self.counts, offsets=self.offsets, window=self.window, sinks=self.sinks,
         )  # fmt: skip
 
     def attend(self, query: Tensor, *, scaling: float, is_full: bool = False) -> Tensor:
         slots = (self.keys, self.values, None if is_full else self.positions)
         layout = {"counts": self.counts, "offsets": self.offsets}
-        return ragged.attend_slots(query, *slots, **layout, scaling=scaling)  # type: ignore[arg-type]
+        return ragged.attend_slots(query, *slots, **layout, scaling=scaling)
 
     def next_slots(self, count: int) -> Tensor:
         tables = (ragged.of_heads(tensor, self.counts) for tensor in (self.scores, self.positions))

@@ -5,8 +5,7 @@ slots of all layers but the first are allocated together.
 """
 
 import functools
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
-_MOST_PROGRAMS = 64  # of a dictionary
+_MOST_PROGRAMS = 512  # of a dictionary; one has some kilobytes, and each layer may have its own for each length
 _ROUNDING = 64  # of the most selected keys of a head, where heads differ: layers of about as many share a program
 
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
@@ -52,55 +51,41 @@ class Scoring(NamedTuple):
     layout: Hashable | None
 
 
-@dataclass
-class SharedReading:
+class LayerToRead(NamedTuple):
+    """Hold what a layer of a call of a model may differ in from the others that read the same text.
+
+    Attributes:
+        k, window, sinks: its budget.
+        counts: slots of each KV head where they differ; `None` where they do not.
+        scoring: what its scorer computes with; `None` where it cannot read as those before it.
+    """
+
+    k: Any
+    window: int
+    sinks: int
+    counts: tuple[int, ...] | None
+    scoring: Scoring | None
+
+
+class SharedReading(NamedTuple):
     """Hold what layers read with that one call of a model has not filled yet: launches, and memory for all of them.
 
     Attributes:
-        keys: what the keys of these layers have in common: rows, heads, size, dtype and device.
-        slots: of all these layers.
-        counts: for each of them the slots of a KV head, or of each of them.
         first: the number among the layers of the call of the one that has the first slots.
-        layout: what the launches of the layer that read last were noted for.
-        program: these launches.
-        memory: what they write to beside slots; one layer after another uses it.
-        others: program and memory of other layouts that layers had before, as where heads differ.
+        layout: of the tensors that the launches are for.
+        programs: for each of these layers its launches; `None` where none are known yet.
+        addresses: for each of them those that its launches take after the inputs, of its scorer and its slots among
+            them.
+        slots: of all these layers.
+        memory: what the launches write to beside slots; one layer after another uses it.
     """
 
-    keys: tuple[Any, ...]
-    slots: SharedSlots
-    counts: Sequence[Any]
     first: int
     layout: Hashable
-    program: "Program"
+    programs: "list[Program | None]"
+    addresses: list[list[int]]
+    slots: SharedSlots
     memory: Tensor | None
-    others: dict[Hashable, tuple["Program", Tensor | None]] = field(default_factory=dict)
-
-    def number_of(self, cache: SparseKCacheLayer) -> int | None:
-        """Return the number of the slots that are for a layer, which reads now; `None` if there are none."""
-        call = cache.call
-        number = -1 if call is None else call.begun - self.first
-        is_there = 0 <= number < len(self.counts) and self.counts[number] == (cache.counts or cache.slots)
-        return number if is_there else None
-
-    def use(self, layout: Hashable, key: Tensor) -> bool:
-        """Take the launches for another layout of tensors; tell whether there are any for keys like these."""
-        found = self.others.get(layout)
-        if found is None:
-            program = _programs.get(layout)
-            if program is None or self.keys != _keys_layout(key):
-                return False
-            with lasting():
-                found = program, program.memory()
-        self.others[self.layout] = self.program, self.memory
-        self.layout, (self.program, self.memory) = layout, found
-        return True
-
-
-def _keys_layout(key: Tensor) -> tuple[Any, ...]:
-    """Return what keys of layers have in common that share slots: rows, heads, size, dtype and device."""
-    batch, heads, _, dim = key.shape
-    return batch, heads, dim, key.dtype, key.device
 
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
@@ -147,41 +132,32 @@ def read_in_few_launches(
     if scoring is None:
         return None
     call = cache.call
-    end = None if call is None else call.end
-    counts = None if cache.counts is None else (most_selected(cache.k), key.shape[2] <= cache.slots)
-    layout = (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
-        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
-        cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
-    )  # fmt: skip
-    addresses = aligned_addresses(new, scoring)
     # Where layers share, one before has asked.
     if (call is None or call.shared is None) and not _may_read(attention, query, cache):
         return None
-    found = shared_reading(cache, key, layout) if addresses else None
-    if found is not None and addresses:
-        shared, number = found
-        of_slots = shared.slots.addresses(number)
-        if not shared.program.order:  # all keys fit: the launches read no query and return nothing
-            del addresses[0]
-        of_heads: Any = cache.k
-        tables = (0, 0) if cache.counts is None else _addresses_of_tables(of_heads, cache.counts, key.device)
-        bases = [*addresses, *scoring.addresses, *of_slots, *tables, 0 if end is None else end.data_ptr()]
-        results = shared.program.launch(bases, shared.memory)
-        output = results[0] if results else None
-        cache.take_shared(shared.slots, number)
-    elif takes(new, scoring, cache.k):
-        if generation is not None:
-            _compile_all(generation, new, scoring)
-        output, slots = _read(new, scoring, cache, end, layout if addresses else None)
-        cache.take(*slots)
-    else:
+    layout = layout_of(query, key, value, hidden_states, scaling)
+    is_noted = can_be_noted(new, scoring)
+    shared = _shared_reading(cache, new, layout, scoring) if is_noted else None
+    output = None if shared is None else read_fast(query, key, value, hidden_states, cache, scaling, shared)
+    if output is not None:
+        return output
+    if not takes(new, scoring, cache.k):
         return None
+    if generation is not None:
+        _compile_all(generation, new, scoring)
+    output, slots = _read(new, scoring, cache, layout if is_noted else None)
+    cache.take(*slots)
     return attend_to_all(new) if output is None else output
 
 
 def read_fast(
-    query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: SparseKCacheLayer, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    cache: SparseKCacheLayer,
+    scaling: float,
+    shared: SharedReading | None = None,
 ) -> Tensor | None:
     """Read a text as `read_in_few_launches`, by launches that are known, as a layer before in the same call did.
 
@@ -190,44 +166,44 @@ def read_fast(
     Args:
         query, key, value, hidden_states, scaling: of all tokens of each row, without padding.
         cache: takes in the tokens.
+        shared: what the layer reads with; by default what its call has.
 
     Returns:
         `[B, Hq, T, D]`; `None`, with nothing changed, where no layer before has read like this one.
     """
-    call, scoring = cache.call, cache.scoring
-    shared: Any = None if call is None else call.shared
-    if call is None or shared is None or scoring is None or cache.is_initialized:
+    if shared is None:
+        call: Any = cache.call
+        if call is None or call.shared is None:
+            return None
+        shared = call.shared
+    if cache.is_initialized or torch.is_grad_enabled() or type(query) is not Tensor:
         return None
-    if torch.is_grad_enabled() or type(query) is not Tensor:
+    number = cache.number_in_call - shared.first
+    if not 0 <= number < len(shared.programs):
         return None
-    number, counts = call.begun - shared.first, cache.counts
-    if not 0 <= number < len(shared.counts) or shared.counts[number] != (counts or cache.slots):
+    program = shared.programs[number]
+    if program is None or layout_of(query, key, value, hidden_states, scaling) != shared.layout:
         return None
-    k: Any = cache.k if counts is None else (most_selected(cache.k), key.shape[2] <= cache.slots)
-    # As in `read_in_few_launches`.
-    layout = (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
-        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, k, cache.window,
-        cache.sinks, call.end is None,
-    )  # fmt: skip
-    of_key, of_value, of_states = key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()
-    if (query.data_ptr() | of_key | of_value | of_states) % 16:
+    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
         return None
-    if layout != shared.layout and not shared.use(layout, key):
-        return None
-    program = shared.program
-    # Where all keys fit into the slots, the launches fill these and return nothing: they read no query.
-    bases = [query.data_ptr()] if program.order else []
-    bases += (of_key, of_value, of_states, *scoring.addresses, *shared.slots.addresses(number))
-    of_heads: Any = cache.k
-    bases += (0, 0) if counts is None else _addresses_of_tables(of_heads, counts, key.device)
-    bases.append(0 if call.end is None else call.end.data_ptr())
+    if not program.order:  # all keys fit: the launches fill the slots, read no query and return nothing
+        del bases[0]
+    bases += shared.addresses[number]
     results = program.launch(bases, shared.memory)
     cache.take_shared(shared.slots, number)
     if results:
         return results[0]
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+
+
+def layout_of(query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, scaling: float) -> Hashable:
+    """Return what launches depend on of the tensors that a layer attends with, beside what its scorer has."""
+    return (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling,
+    )  # fmt: skip
 
 
 def attend_to_all(new: NewTokens) -> Tensor:
@@ -237,15 +213,11 @@ def attend_to_all(new: NewTokens) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=new.scaling, enable_gqa=grouped)
 
 
-def aligned_addresses(new: NewTokens, scoring: Scoring) -> list[int] | None:
-    """Return the addresses of query, key, value and hidden states; `None` unless all inputs allow noted launches.
-
-    These are for tensors at multiples of 16 bytes, the weights of the scorer among them.
-    """
+def can_be_noted(new: NewTokens, scoring: Scoring) -> bool:
+    """Tell whether launches are noted: all inputs and the weights of the scorer lie at multiples of 16 bytes."""
     query, key, value, hidden_states = new[:4]
-    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
-    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16
-    return addresses if is_aligned and scoring.layout is not None else None
+    addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | hidden_states.data_ptr()
+    return scoring.layout is not None and not addresses % 16
 
 
 def remember(programs: "dict[Hashable, Program]", layout: Hashable, program: "Program | None") -> None:
@@ -264,27 +236,40 @@ def _may_read(attention: "SparseKAttention", query: Tensor, cache: SparseKCacheL
     return cache.call is not None or attention.budget == (cache.k, cache.window, cache.sinks)
 
 
-def most_selected(k: Counts) -> int:
-    """Return the selected keys of every head; where heads differ of the one that has most, or somewhat more."""
-    return k if isinstance(k, int) else -(-max(k) // _ROUNDING) * _ROUNDING
+def most_selected(k: Counts, fits: bool = False) -> int:
+    """Return the selected keys of every head; where heads differ of the one that has most, or more.
+
+    Args:
+        k: of each head.
+        fits: whether all keys of the text have slots, so that more programs cost nothing.
+    """
+    if isinstance(k, int):
+        return k
+    most = max(k)
+    return 1 << (most - 1).bit_length() if fits else -(-most // _ROUNDING) * _ROUNDING
 
 
-def settings_of(budget: Budget, scaling: float, scoring: Scoring) -> "ReadingSettings":
-    """Return what a text is read with."""
+def settings_of(budget: Budget, length: int, scaling: float, scoring: Scoring) -> "ReadingSettings":
+    """Return what a text of so many tokens is read with."""
     from hf_sparse.ops.selection.triton.reading import ReadingSettings
 
     k, window, sinks = budget
     of_heads = None if isinstance(k, int) else k
-    return ReadingSettings(most_selected(k), window, sinks, scaling, scoring.key[3], of_heads)
+    most = most_selected(k, length <= budget.fewest_slots)
+    return ReadingSettings(most, window, sinks, scaling, scoring.key[3], of_heads)
 
 
 def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> None:
     """Compile the kernels of all layers of a model for inputs like these, also those of a prompt that is recorded."""
     from hf_sparse.ops.selection.triton.reading import compile_readings
 
-    heads = new.key.shape[1]
+    heads, length = new.key.shape[1:3]
     budgets = {layer.budget for layer in layers_like(generation) if layer.num_key_value_heads == heads}
-    kinds = [settings_of(budget, new.scaling, scoring) for budget in budgets if most_selected(budget.k) <= MOST_LISTED]
+    kinds = [
+        settings_of(budget, length, new.scaling, scoring)
+        for budget in budgets
+        if most_selected(budget.k) <= MOST_LISTED
+    ]
     compile_readings(new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope, kinds)
 
 
@@ -297,58 +282,76 @@ def _addresses_of_tables(k: tuple[int, ...], counts: tuple[int, ...], device: to
     return of_keys.data_ptr(), offsets.data_ptr()
 
 
-def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> tuple[SharedReading, int] | None:
-    """Return slots and launches for a layer, and for the next ones of its call of the model.
+def _shared_reading(
+    cache: SparseKCacheLayer, new: NewTokens, layout: Hashable, scoring: Scoring
+) -> SharedReading | None:
+    """Return slots and launches for a layer, and for the next ones of its call of the model where it is the first.
 
     Args:
         cache: the layer, which holds nothing yet.
-        key: `[B, Hkv, T, D]`, of the kind that the slots hold.
-        layout: what launches depend on.
+        new: what it reads.
+        layout: of these tensors.
+        scoring: what its scorer computes with.
 
     Returns:
-        With the number that the layer has there; `None` if no launches are known for the layout.
+        `None` if no launches are known for the layout.
     """
-    call = cache.call
-    shared: Any = None if call is None else call.shared
-    number = None if shared is None else shared.number_of(cache)
-    if number is not None and (shared.layout == layout or shared.use(layout, key)):
-        return shared, number
-    program = _programs.get(layout)
-    if program is None:
-        return None
-    batch, heads, dim, _, _ = keys = _keys_layout(key)
     from hf_sparse.ops.selection.triton.reading import places_of_slots
 
-    own = cache.counts or cache.slots
-    first, counts = 0, (own,)
-    if call is not None and shared is None:
-        first, kinds = call.begun, call.kinds[call.begun :]
-        # A layer may come out of turn, and layers may lie on several devices, which the scoring tells.
-        if kinds and own == kinds[0][0] and all([scoring == kinds[0][1] for _, scoring in kinds]):
-            counts = tuple([count for count, _ in kinds])
+    key, call = new.key, cache.call
+    batch, heads, length, dim = key.shape
+    layers, end = [LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring)], None
+    if call is not None:
+        end = call.end
+        others: list[LayerToRead] = call.kinds[cache.number_in_call + 1 :]
+        # Layers may lie on several devices, which the layout of the scorer tells.
+        if call.shared is None and all([other.scoring and other.scoring.layout == scoring.layout for other in others]):
+            layers += others
+    known = [_programs.get(_launch_key(layout, layer, length, end)) for layer in layers]
+    if known[0] is None:
+        return None
+    counts = tuple([layer.counts or layer.k + layer.window + layer.sinks for layer in layers])
     slots = SharedSlots(places_of_slots(batch, heads, dim, key.dtype, counts), key.device)
+    of_end = 0 if end is None else end.data_ptr()
+    addresses = []
+    for number, layer in enumerate(layers):
+        assert layer.scoring is not None
+        tables = (0, 0) if layer.counts is None else _addresses_of_tables(layer.k, layer.counts, key.device)
+        addresses.append([*layer.scoring.addresses, *slots.addresses(number), *tables, of_end])
+    largest = max([program for program in known if program is not None], key=lambda program: program.used)
     with lasting():
-        made = SharedReading(keys, slots, counts, first, layout, program, program.memory())
-    if call is not None and shared is None:
+        made = SharedReading(cache.number_in_call, layout, known, addresses, slots, largest.memory())
+    if call is not None and call.shared is None:
         call.shared = made
-    return made, 0
+    return made
+
+
+def _launch_key(layout: Hashable, layer: LayerToRead, length: int, end: Tensor | None) -> Hashable:
+    """Return what the launches of a layer depend on; where heads differ, layers of about as many keys share them."""
+    k: Any = layer.k
+    if layer.counts is not None:
+        fits = length <= min(layer.counts)
+        k = most_selected(k, fits), fits
+    return layout, layer.scoring and layer.scoring.layout, k, layer.window, layer.sinks, end is None
 
 
 def _read(
-    new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer, end: Tensor | None, layout: Hashable | None
+    new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer, layout: Hashable | None
 ) -> tuple[Tensor | None, "Slots"]:
     """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
     from hf_sparse.ops.selection.triton.reading import noted_reading, read_text
 
     inputs = new.query, new.key, new.value, new.hidden_states
-    settings = settings_of(Budget(cache.k, cache.window, cache.sinks), new.scaling, scoring)
+    end = None if cache.call is None else cache.call.end
+    settings = settings_of(Budget(cache.k, cache.window, cache.sinks), new.key.shape[2], new.scaling, scoring)
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
         fix_address(tensor)
     if layout is not None:
         program = noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
-        remember(_programs, layout, program)
+        layer = LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring)
+        remember(_programs, _launch_key(layout, layer, new.key.shape[2], end), program)
     return output, slots
 
 

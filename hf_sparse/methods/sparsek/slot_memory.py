@@ -27,7 +27,7 @@ _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memor
 _OF_TEXT = ("keys", "values", "_scores", "positions", "seen", "padded_late", "cumulative_length")  # what `take` takes
 
 
-class _SlotTensor:
+class SlotTensor:
     """Look for a tensor of a layer that has none of its own: in memory that it shares, or there is none yet."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -62,17 +62,18 @@ class SlotMemory(CacheLayerMixin):
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
+        number_in_call: of the layer among those that this call made.
         scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
     """
 
     is_initialized = False
     # What every new layer begins with stands here, for a prefill makes one per layer of the model.
-    keys: Any = _SlotTensor()
-    values: Any = _SlotTensor()
-    positions: Any = _SlotTensor()
-    seen: Any = _SlotTensor()
-    padded_late: Any = _SlotTensor()
-    cumulative_length: Any = _SlotTensor()
+    keys: Any = SlotTensor()
+    values: Any = SlotTensor()
+    positions: Any = SlotTensor()
+    seen: Any = SlotTensor()
+    padded_late: Any = SlotTensor()
+    cumulative_length: Any = SlotTensor()
     memory: Any = None
     shared: tuple[SharedSlots, int] | None = None
     arrived: Any = None
@@ -81,6 +82,7 @@ class SlotMemory(CacheLayerMixin):
     empty = True
     soft = False
     call: ModelCall | None = None
+    number_in_call = 0
     scoring: "Scoring | None" = None
     step: "StepPlan | None" = None
     ahead: "Ahead | None" = None
@@ -89,7 +91,7 @@ class SlotMemory(CacheLayerMixin):
     window: int
     sinks: int
     owner: object
-    _scores: Any = _SlotTensor()
+    _scores: Any = SlotTensor()
     _length: int | None = 0  # cumulative_length, where no compiled or recorded step can have changed it
 
     @property

@@ -6,7 +6,7 @@ fits into the budget needs no scores at all, and of a longer one all launches ar
 
 import functools
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,8 +18,9 @@ from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.reading import (
     Scoring,
-    aligned_addresses,
     attend_to_all,
+    can_be_noted,
+    layout_of,
     most_selected,
     remember,
     scoring_of,
@@ -55,17 +56,17 @@ class ReadyLayer(NamedTuple):
 
 @dataclass
 class SharedLaunches:
-    """Hold the launches that the layers of one forward have in common, while they are for the same layout.
+    """Hold the launches that the layers of one forward have in common, while their tensors have the same layout.
 
     Attributes:
-        layout: of tensors.
-        program: the launches.
+        layout: of the tensors.
+        programs: the launches, by what they depend on of the budget of a layer.
         memory: that they use; one layer after another does.
     """
 
     layout: Hashable
-    program: "Program"
-    memory: Tensor | None
+    programs: "dict[Budget, Program]" = field(default_factory=dict)
+    memory: Tensor | None = None
 
 
 def ready_layer(attention: "SparseKAttention", length: int) -> ReadyLayer | None:
@@ -116,22 +117,23 @@ def attend_fast_alone(
     scoring = ready.scoring
     if scoring is None:
         return None
-    # As in `attend_without_cache`.
-    layout = (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
-        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, ready.budget,
-    )  # fmt: skip
     bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
         return None
+    layout = layout_of(query, key, value, hidden_states, scaling)
     shared: SharedLaunches | None = call.shared
     if shared is None or shared.layout != layout:
-        program = _programs.get(layout)
+        shared = call.shared = SharedLaunches(layout)
+    program = shared.programs.get(ready.budget)
+    if program is None:
+        program = _programs.get((layout, scoring.layout, ready.budget))
         if program is None:
             return None
-        shared = call.shared = SharedLaunches(layout, program, program.memory())
+        shared.programs[ready.budget] = program
+        if shared.memory is None or len(shared.memory) < program.used:
+            shared.memory = program.memory()
     bases += (*scoring.addresses, ready.table)
-    return shared.program.launch(bases, shared.memory)[0]
+    return program.launch(bases, shared.memory)[0]
 
 
 def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tensor | None:
@@ -158,16 +160,14 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
     scoring = scoring_of(attention)
     if scoring is None:
         return None
-    layout = (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
-        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, _launch_budget(budget),
-    )  # fmt: skip
-    addresses = aligned_addresses(new, scoring)
-    program = _programs.get(layout) if addresses else None
-    if program is None or not addresses:
-        return _attend(new, scoring, budget, layout if addresses else None)
+    layout = (layout_of(query, key, value, hidden_states, scaling), scoring.layout, _launch_budget(budget))
+    is_noted = can_be_noted(new, scoring)
+    program = _programs.get(layout) if is_noted else None
+    if program is None:
+        return _attend(new, scoring, budget, layout if is_noted else None)
     table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, key.device)
-    return program.launch([*addresses, *scoring.addresses, table], program.memory())[0]
+    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    return program.launch([*bases, *scoring.addresses, table], program.memory())[0]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,7 +185,7 @@ def _attend(new: NewTokens, scoring: Scoring, budget: Budget, layout: Hashable |
     from hf_sparse.ops.selection.triton.reading import attend_text, noted_attention
 
     inputs = new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope
-    settings = settings_of(budget, new.scaling, scoring)
+    settings = settings_of(budget, new.key.shape[2], new.scaling, scoring)
     output = attend_text(*inputs, settings)
     if layout is not None:
         remember(_programs, layout, noted_attention(*inputs, settings))

@@ -1,5 +1,6 @@
 """A text that is read in few launches, against the functions that do the same one after another."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -205,8 +206,8 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
         kind = SparseKCacheLayer if isinstance(k, int) else RaggedCacheLayer
         cache = kind(k, 10, 3, owner=("id", None))
         cache.scoring = scoring
-        kinds = [(cache.counts or cache.slots, scoring.layout)]
-        cache.call = ModelCall(1, kinds, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
+        kinds = [reading.LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring)]
+        cache.call = ModelCall(kinds, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
         cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
         with torch.no_grad():
             new = NewTokens(*cut, states[:, :tokens].contiguous(), None, 0.25)
@@ -247,62 +248,107 @@ def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another()
     assert factor.grad == 3 * first.numel()
 
 
-def layer_of(call, counts):
-    """A cache layer in a call of the model, which reads next."""
+def layer_of(call, counts, scoring="one"):
+    """A cache layer that a call of the model has made."""
     cache = SparseKCacheLayer(counts - 4, 3, 1) if isinstance(counts, int) else RaggedCacheLayer(counts, 0, 0)
-    cache.call = call
+    scoring = scoring and Scoring(None, None, (), (1, 2), scoring)
+    cache.call, cache.scoring, cache.number_in_call = call, scoring, len(call.kinds)
+    call.kinds.append(reading.LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring))
     return cache
 
 
+def shared_by(cache, length=9, heads=2, layout="layout"):
+    """What a layer reads with, whose launches are known."""
+    key = torch.zeros(1, heads, length, 5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reading, "_programs", SimpleNamespace(get=lambda key: NotedLaunches(key=key)))
+        return reading._shared_reading(cache, NewTokens(None, key, key, None, None, 1.0), layout, cache.scoring)
+
+
 @pytest.mark.parametrize("counts", [(8, 8, 8), (8, 9, 7), ((3, 5), (4, 4), (2, 6))], ids=["alike", "layers", "heads"])
-def test_layers_of_a_call_are_allocated_together(counts, monkeypatch):
-    call, key = ModelCall(layers=3, kinds=[(one, "scoring") for one in counts]), torch.zeros(1, 2, 9, 5)
-    for count in counts:
-        monkeypatch.setitem(reading._programs, count, SimpleNamespace(memory=lambda: None))
-    for number, count in enumerate(counts):
-        shared, found = reading.shared_reading(layer_of(call, count), key, count)
-        assert id(shared) == id(call.shared) and shared.counts == counts and found == number
-        assert (shared.layout, shared.program) == (count, reading._programs[count])
-        call.layers -= 1
-    shared, number = reading.shared_reading(layer_of(call, counts[-1]), key, counts[-1])  # there is no layer left
-    assert call.shared is not shared and len(shared.counts) == 1 and number == 0
+def test_layers_of_a_call_are_allocated_together(counts):
+    call = ModelCall()
+    layers = [layer_of(call, one) for one in counts]
+    shared = shared_by(layers[0])
+    assert shared is call.shared and shared.first == 0 and shared.layout == "layout"
+    for number, (one, addresses) in enumerate(zip(counts, shared.addresses, strict=True)):
+        slots = shared.slots.tensors(number)
+        assert slots[0].shape == ((1, 2, one, 5) if isinstance(one, int) else (1, sum(one), 5))
+        tables = addresses[9:11]
+        assert addresses == [1, 2, *[tensor.data_ptr() for tensor in slots], *tables, 0]
+        assert (tables == [0, 0]) == isinstance(one, int)
+    if isinstance(counts[0], int):
+        keys = [("layout", "one", one - 4, 3, 1, True) for one in counts]
+    else:
+        keys = [("layout", "one", (64, False), 0, 0, True)] * 3
+    assert [program.key for program in shared.programs] == keys
+
+
+def test_layers_of_other_budgets_share_launches_where_all_keys_have_slots():
+    """Heads that differ go by tables; programs without slots cost nothing."""
+    call = ModelCall()
+    layers = [layer_of(call, counts) for counts in ((300, 500), (400, 400), (290, 510))]
+    keys = [program.key for program in shared_by(layers[0], length=290).programs]
+    assert keys == [("layout", "one", (512, True), 0, 0, True)] * 3
+    keys = [program.key for program in shared_by(layer_of(ModelCall(), (300, 500)), length=301).programs]
+    assert keys == [("layout", "one", (512, False), 0, 0, True)]
+    assert reading.most_selected((300, 700)) == 704 and reading.most_selected((300, 700), fits=True) == 1024
+    assert reading.most_selected(700) == reading.most_selected(700, fits=True) == 700
 
 
 def test_a_layer_that_others_look_at_does_not_read_as_the_one_before(monkeypatch):
     monkeypatch.setattr(reading, "scoring_of", None)  # nothing is asked beyond
-    cache = layer_of(ModelCall(layers=1, kinds=[(8, "scoring")], shared=object()), 8)
+    cache = layer_of(ModelCall(shared=object()), 8)
     attention = SimpleNamespace(uses_scorer=False)
     new = NewTokens(*inputs(1, 4, 2, 9, 16, 48, torch.float32, False)[:4], None, 1.0)
     with torch.no_grad():
         assert reading.read_in_few_launches(attention, new, cache) is None
 
 
-def test_a_layer_that_comes_out_of_turn_has_slots_of_its_size(monkeypatch):
-    call = ModelCall(layers=2, kinds=[(5, "scoring"), (300, "scoring")])
-    monkeypatch.setitem(reading._programs, "layout", SimpleNamespace(memory=lambda: None))
-    shared, number = reading.shared_reading(layer_of(call, 300), torch.zeros(1, 2, 9, 5), "layout")
-    assert shared.slots.tensors(number)[0].shape == (1, 2, 300, 5)
+def test_a_layer_that_comes_out_of_turn_has_slots_of_its_size():
+    call = ModelCall()
+    first, second = layer_of(call, 5), layer_of(call, 300)
+    shared = shared_by(second)
+    assert shared.first == 1 and [shared.slots.tensors(0)[0].shape] == [(1, 2, 300, 5)]
+    late = shared_by(first)  # it stands before those that share
+    assert late is not shared is call.shared and (late.first, late.slots.tensors(0)[0].shape) == (0, (1, 2, 5, 5))
 
 
-@pytest.mark.parametrize("other", ["device", "heads", "count"])
-def test_layers_that_differ_otherwise_take_slots_of_their_own(other, monkeypatch):
-    scorings = ["one", "another"] if other == "device" else ["one", "one"]
-    call = ModelCall(layers=2, kinds=[(8, scoring) for scoring in scorings])
-    for layout in ("first", "second"):
-        monkeypatch.setitem(reading._programs, layout, SimpleNamespace(memory=lambda: None))
-    first, _ = reading.shared_reading(layer_of(call, 8), torch.zeros(1, 2, 9, 5), "first")
-    assert len(first.counts) == (1 if other == "device" else 2)
-    call.layers -= 1
-    key = torch.zeros(1, 3 if other == "heads" else 2, 9, 5)
-    second, number = reading.shared_reading(layer_of(call, 7 if other == "count" else 8), key, "second")
-    assert call.shared is first is not second and len(second.counts) == 1 and number == 0
+@pytest.mark.parametrize("other", ["another", None], ids=["device", "no scores"])
+def test_layers_that_differ_otherwise_take_slots_of_their_own(other):
+    call = ModelCall()
+    first, second = layer_of(call, 8), layer_of(call, 8, other)
+    shared = shared_by(first)
+    assert shared is call.shared and len(shared.programs) == len(shared.addresses) == 1
+    if other:
+        alone = shared_by(second, heads=3)
+        assert alone is not shared is call.shared and alone.first == 1 and len(alone.programs) == 1
+
+
+def test_memory_is_that_of_the_layer_that_needs_most(monkeypatch):
+    call = ModelCall()
+    layers = [layer_of(call, count) for count in (8, 9, 10)]
+    sizes = {4: 100, 5: 300, 6: None}
+    programs = {
+        ("layout", "one", k, 3, 1, True): SimpleNamespace(used=used, memory=lambda used=used: torch.empty(used))
+        for k, used in sizes.items()
+        if used
+    }
+    monkeypatch.setattr(reading, "_programs", programs)
+    key = torch.zeros(1, 2, 9, 5)
+    shared = reading._shared_reading(layers[0], NewTokens(None, key, key, None, None, 1.0), "layout", layers[0].scoring)
+    assert len(shared.memory) == 300 and shared.programs == [*programs.values(), None]
+    new = NewTokens(None, key, key, None, None, 1.0)
+    assert reading._shared_reading(layers[2], new, "layout", layers[2].scoring) is None  # its launches are not known
 
 
 class NotedLaunches:
     """Take the place of launches: list the addresses that they get."""
 
-    def __init__(self, output=None):
-        self.order, self.output, self.bases = (() if output is None else (0,)), output, []
+    used = 0
+
+    def __init__(self, output=None, key=None):
+        self.order, self.output, self.bases, self.key = (() if output is None else (0,)), output, [], key
 
     def memory(self):
         return None
@@ -322,17 +368,16 @@ def test_a_layer_reads_by_the_launches_of_the_one_before(counts, fits, monkeypat
     monkeypatch.setattr(reading, "_programs", SimpleNamespace(get=lambda layout: program))
     scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
     attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": None})
-    call, outputs, caches = ModelCall(layers=3, kinds=[(count, "layout") for count in counts]), [], []
+    call, outputs = ModelCall(), []
+    caches = [layer_of(call, count) for count in counts]
+    call.kinds[:] = [kind._replace(scoring=scoring) for kind in call.kinds]
     new = NewTokens(query, key, value, states, None, 0.25)
     with torch.no_grad():
-        for number, count in enumerate(counts):
-            cache = layer_of(call, count)
+        for number, cache in enumerate(caches):
             cache.scoring, cache.owner = scoring, (None, None)
             short = reading.read_fast(*new[:4], cache, 0.25)
             assert (short is None) == (number == 0)  # no layer has read before the first
             outputs.append(reading.read_in_few_launches(attention, new, cache) if short is None else short)
-            caches.append(cache)
-            call.layers -= 1
             assert cache.is_initialized and not cache.empty
     first, second, third = program.bases
     begin = 5 if fits else 6  # without the query
@@ -354,38 +399,24 @@ def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
     monkeypatch.setattr(reading, "_programs", SimpleNamespace(get=lambda layout: program))
     scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
     attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": None})
-    call = ModelCall(layers=2, kinds=[(12, "layout")] * 2)
+    call = ModelCall()
     first, second = layer_of(call, 12), layer_of(call, 12)
-    first.scoring = second.scoring = scoring
+    of_second = None if change == "scorer" else scoring  # as for a baseline, or where others look on
+    call.kinds[:] = [kind._replace(scoring=one) for kind, one in zip(call.kinds, (scoring, of_second), strict=True)]
+    first.scoring, second.scoring = scoring, of_second
     first.owner = (None, None)
     with torch.no_grad():
         reading.read_in_few_launches(attention, NewTokens(query, key, value, states, None, 0.25), first)
-    call.layers -= 1
     if change == "keys":
         key, value = (tensor[:, :1] for tensor in (key, value))
     elif change == "address":
         room = torch.zeros(key.numel() + 1, device=DEVICE)
         key = room[1:].view_as(key).copy_(key)
-    elif change == "scorer":
-        second.scoring = None  # as for a baseline, or where others look on
     elif change == "used":
         second.is_initialized = True
     with torch.set_grad_enabled(change == "gradients"):
         assert reading.read_fast(query, key, value, states, second, 0.25) is None
     assert len(program.bases) == 1 and second.shared is None
-
-
-def test_layers_of_other_layouts_take_turns(monkeypatch):
-    """As where heads differ: launches and memory are looked up once for each."""
-    programs = {layout: SimpleNamespace(memory=lambda: object()) for layout in ("first", "second")}
-    monkeypatch.setattr(reading, "_programs", programs)
-    call = ModelCall(layers=3, kinds=[(8, "scoring")] * 3)
-    found = []
-    for layout in ("first", "second", "first", "second"):
-        shared, _ = reading.shared_reading(layer_of(call, 8), torch.zeros(1, 2, 9, 5), layout)
-        found.append((shared.program, shared.memory))
-    assert found[0] == found[2] != found[1] == found[3] and call.shared is shared
-    assert [program for program, _ in found[:2]] == list(programs.values())
 
 
 @pytest.mark.parametrize("k", [8, (5, 7)], ids=["equal", "heads"])
@@ -404,7 +435,7 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
         for _ in range(2):
             found = without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25)
             assert torch.equal(found, expected)
-        assert call.shared.program is program
+        assert [*call.shared.programs.values()] == [program]
         assert program.bases[0] == program.bases[1] == program.bases[2]
         short = [tensor[:, :, :9] for tensor in (query, key, value)]
         found = without_cache.attend_fast_alone(*short, states, ready, call, 0.25)
@@ -421,14 +452,75 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
             assert without_cache.ready_layer(attention, 30) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
+class InterpretedLaunches:
+    """Run in Triton's interpreter what a GPU launches, on the tensors at the addresses that come."""
+
+    used = 0
+
+    def __init__(self, function, tensors, settings, order):
+        self.function, self.settings, self.order = function, settings, order
+        self.tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+
+    def memory(self):
+        return None
+
+    def launch(self, bases, memory):
+        tensors = [
+            None if tensor is None else tensor_at(address, tensor)
+            for address, tensor in zip(bases, self.tensors, strict=True)
+        ]
+        return self.function(*tensors, self.settings)
+
+
+def tensor_at(address, alike):
+    """A tensor of the shape, strides and dtype of another one in memory of this process."""
+    size = 1 + sum((number - 1) * stride for number, stride in zip(alike.shape, alike.stride(), strict=True))
+    memory = (ctypes.c_char * (size * alike.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=alike.dtype).as_strided(alike.shape, alike.stride())
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Let models on a CPU take the paths of a GPU, and note launches for the interpreter."""
+    if DEVICE == "cuda":
+        return
+    from hf_sparse.methods.sparsek import attention
+
+    def noted_reading(query, *others):
+        *tensors, slots, settings, end = others
+        fits = query.shape[2] <= settings.fewest_slots
+        inputs = (*([] if fits else [query]), *tensors, *slots, *settings.tables(query.device), end)
+        return InterpretedLaunches(
+            kernels._take_all if fits else kernels._select, inputs, settings, () if fits else (0,)
+        )
+
+    def noted_attention(*tensors):
+        *inputs, settings = tensors
+        counts, _ = settings.tables(inputs[0].device)
+        return InterpretedLaunches(kernels._select_alone, (*inputs, counts), settings, (0,))
+
+    def scoring_of(layer):
+        weight = layer.sparsek_scorer[layer.active].weight
+        key = (weight.data_ptr(), weight.dtype, 0, layer.sparsek_scorer[layer.active].slopes)
+        return Scoring(weight, None, key, (weight.data_ptr(), 0), "layout")
+
+    monkeypatch.setattr(kernels, "noted_reading", noted_reading)
+    monkeypatch.setattr(kernels, "noted_attention", noted_attention)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for module in (reading, without_cache):
+        monkeypatch.setattr(module, "is_on_gpu", lambda tensor: True)
+        monkeypatch.setattr(module, "_programs", {})
+    for module in (reading, without_cache, attention):
+        monkeypatch.setattr(module, "scoring_of", scoring_of)
+
+
 @pytest.mark.parametrize(
     "shares",
     [{}, {"layer_shares": [1.2, 0.8, 1.0]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75], [0.75, 1.25]]}],
     ids=["equal", "layers", "heads"],
 )
 @pytest.mark.parametrize("length", [17, 90])
-def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
+def test_a_model_reads_as_by_the_longer_path(length, shares, as_on_gpu, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
 
     The first call of a length notes launches, and the second one makes the slots of all layers but the first together.
