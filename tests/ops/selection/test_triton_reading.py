@@ -284,6 +284,14 @@ def test_layers_of_a_call_are_allocated_together(counts):
     assert [program.key for program in shared.programs] == keys
 
 
+def test_layers_of_a_recorded_prompt_read_where_it_ends():
+    call = ModelCall(end=torch.tensor([5]))
+    layers = [layer_of(call, 8) for _ in range(2)]
+    shared = shared_by(layers[0])
+    assert [addresses[-1] for addresses in shared.addresses] == [call.end.data_ptr()] * 2
+    assert [program.key for program in shared.programs] == [("layout", "one", 4, 3, 1, False)] * 2
+
+
 def test_layers_of_other_budgets_share_launches_where_all_keys_have_slots():
     """Heads that differ go by tables; programs without slots cost nothing."""
     call = ModelCall()
