@@ -60,9 +60,8 @@ def attention_forward(
         ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, a
             keyword that would change the result and is not known, or a call by `torch.jit.trace`.
     """
-    # Of the layers that a call checks together, one before was asked whether this is traced or compiled.
-    is_first = sparse_call is None or sparse_call[3] is None
-    if is_first and torch.jit.is_tracing():
+    # Of the layers that a call checks together, one before was asked.
+    if (sparse_call is None or sparse_call[3] is None) and torch.jit.is_tracing():
         raise ValueError(
             "torch.jit.trace would record the keys that one text selects, for every other text: use torch.compile or "
             "torch.export"
@@ -71,7 +70,7 @@ def attention_forward(
         return _attend_densely(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     attention, hidden_states, cache, call = sparse_call
     inputs = module, query, key, value, attention_mask, scaling, sparse_call, kwargs
-    if is_first and torch.compiler.is_compiling():  # where a graph breaks, it could not within `try`
+    if torch.compiler.is_compiling():  # where a graph breaks, it could not within `try`
         return _attend_sparsely(*inputs).transpose(1, 2).contiguous(), None
     try:
         output = None
@@ -93,7 +92,8 @@ def attention_forward(
 def _end(cache: SparseCacheLayer) -> None:
     """Note that the attention of a cache layer is done, and with it the call that has made the layer."""
     cache.end_attention()
-    cache.call = None
+    if cache.call is not None:  # a compiled step would be compiled anew once the layer has one of its own
+        cache.call = None
 
 
 def _attend_densely(
@@ -266,7 +266,7 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     layer = sparse_cache_layer(cache, index, attention)
     attention.check_cache(layer)
     layer.begin_attention()
-    return attention, hidden_states, layer, None if is_compiled else layer.call
+    return attention, hidden_states, layer, layer.call
 
 
 def before_attention(

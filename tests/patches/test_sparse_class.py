@@ -11,12 +11,14 @@ import accelerate
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
 from hf_sparse._compat import with_cache
 from hf_sparse.core.cache import ModelCall
-from hf_sparse.patches import sparse_layers
+from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.patches import interface, sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 IDS = torch.arange(24)[None] % 60
@@ -145,3 +147,20 @@ def test_a_layer_that_an_error_left_with_keys_is_checked(model):
         layer.seen.zero_()
         with pytest.raises(ValueError, match="real tokens before the new ones"):
             model(IDS[:, 10:13], **with_cache(cache))
+
+
+def test_a_compiled_step_of_a_layer_that_no_call_has_made_is_compiled_once():
+    cache = SparseKCacheLayer(4, 3, 1)
+    cache.lazy_initialization(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(tensor):
+        cache.begin_attention()
+        output = tensor + 1 if cache.call is None else tensor
+        interface._end(cache)
+        return output + cache.keys.sum()
+
+    for _ in range(3):
+        assert step(torch.zeros(1)) == 1
+    assert counter.frame_count == 1

@@ -27,7 +27,7 @@ from hf_sparse.methods.sparsek.first_calls import steps_begun
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import LayerToRead, Scoring, read_fast, read_in_few_launches, scoring_of
+from hf_sparse.methods.sparsek.reading import Scoring, layer_to_read, read_fast, read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
@@ -159,7 +159,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         # With it the layer reads as those before it in the call.
         layer.scoring = scoring = scoring_of(self) if self.uses_scorer and not layer.pins_prompt else None
         layer.number_in_call = len(call.kinds)
-        call.kinds.append(LayerToRead(layer.k, layer.window, layer.sinks, layer.counts, scoring))
+        call.kinds.append(layer_to_read(layer, scoring))
         return layer
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:

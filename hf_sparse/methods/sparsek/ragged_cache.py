@@ -64,7 +64,8 @@ class RaggedCacheLayer(SparseKCacheLayer):
     def find_tensors(self) -> bool:
         if self.shared is not None:
             super().find_tensors()
-            self._make_offsets()
+            self.offsets = ragged.known_offsets(self.counts, self.device)
+            torch._dynamo.mark_static_address(self.offsets)  # also while what reads them is traced
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

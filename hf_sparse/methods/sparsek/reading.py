@@ -6,6 +6,7 @@ slots of all layers but the first are allocated together.
 
 import functools
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -55,37 +56,56 @@ class LayerToRead(NamedTuple):
     """Hold what a layer of a call of a model may differ in from the others that read the same text.
 
     Attributes:
-        k, window, sinks: its budget.
+        budget: of the layer.
         counts: slots of each KV head where they differ; `None` where they do not.
         scoring: what its scorer computes with; `None` where it cannot read as those before it.
     """
 
-    k: Any
-    window: int
-    sinks: int
+    budget: Budget
     counts: tuple[int, ...] | None
     scoring: Scoring | None
 
 
-class SharedReading(NamedTuple):
+@dataclass
+class SharedReading:
     """Hold what layers read with that one call of a model has not filled yet: launches, and memory for all of them.
 
     Attributes:
         first: the number among the layers of the call of the one that has the first slots.
-        layout: of the tensors that the launches are for.
-        programs: for each of these layers its launches; `None` where none are known yet.
-        addresses: for each of them those that its launches take after the inputs, of its scorer and its slots among
-            them.
+        layout: of the tensors that the launches are for, see `layout_of`.
+        layers: those that have slots here.
         slots: of all these layers.
+        end: address of the number of tokens that is read in a recorded prompt, otherwise 0.
+        programs: for each of the layers its launches; `None` where none are known yet.
+        addresses: for each of them those that its launches take after the inputs, of its scorer and its slots among
+            them; none where no launches are known.
         memory: what the launches write to beside slots; one layer after another uses it.
     """
 
     first: int
     layout: Hashable
+    layers: list[LayerToRead]
+    slots: SharedSlots
+    end: int
     programs: "list[Program | None]"
     addresses: list[list[int]]
-    slots: SharedSlots
-    memory: Tensor | None
+    memory: Tensor | None = None
+
+    def add(self, number: int, program: "Program") -> None:
+        """Take the launches of one of the layers, which are known now."""
+        budget, counts, scoring = self.layers[number]
+        assert scoring is not None
+        tables = (0, 0) if counts is None else _addresses_of_tables(budget.k, counts, self.slots.device)
+        self.programs[number] = program
+        self.addresses[number] = [*scoring.addresses, *self.slots.addresses(number), *tables, self.end]
+        if self.memory is None or len(self.memory) < program.used:
+            with lasting():
+                self.memory = program.memory()
+
+
+def layer_to_read(cache: SparseKCacheLayer, scoring: Scoring | None) -> LayerToRead:
+    """Return what the layer may differ in that a cache layer, which holds nothing yet, belongs to."""
+    return LayerToRead(Budget(cache.k, cache.window, cache.sinks), cache.counts, scoring)
 
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
@@ -237,11 +257,12 @@ def _may_read(attention: "SparseKAttention", query: Tensor, cache: SparseKCacheL
 
 
 def most_selected(k: Counts, fits: bool = False) -> int:
-    """Return the selected keys of every head; where heads differ of the one that has most, or more.
+    """Return the selected keys of every head; where heads differ of the one that has most, rounded up.
 
     Args:
         k: of each head.
-        fits: whether all keys of the text have slots, so that more programs cost nothing.
+        fits: whether all keys of the text have slots: then what goes beyond the slots of a head takes no time, and
+            rounding is to a power of 2.
     """
     if isinstance(k, int):
         return k
@@ -290,7 +311,7 @@ def _shared_reading(
     Args:
         cache: the layer, which holds nothing yet.
         new: what it reads.
-        layout: of these tensors.
+        layout: what `layout_of` returns of it.
         scoring: what its scorer computes with.
 
     Returns:
@@ -300,39 +321,45 @@ def _shared_reading(
 
     key, call = new.key, cache.call
     batch, heads, length, dim = key.shape
-    layers, end = [LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring)], None
-    if call is not None:
-        end = call.end
+    end = None if call is None else call.end
+    own = layer_to_read(cache, scoring)
+    program = _programs.get(_launch_key(layout, own, length, end))
+    if program is None:
+        return None
+    shared: SharedReading | None = None if call is None else call.shared
+    if shared is not None and shared.layout == layout:
+        number = cache.number_in_call - shared.first
+        if 0 <= number < len(shared.layers):  # its launches were noted by a layer after the first of these
+            shared.add(number, program)
+            return shared
+    layers = [own]
+    if call is not None and shared is None:
         others: list[LayerToRead] = call.kinds[cache.number_in_call + 1 :]
         # Layers may lie on several devices, which the layout of the scorer tells.
-        if call.shared is None and all([other.scoring and other.scoring.layout == scoring.layout for other in others]):
+        if all([other.scoring and other.scoring.layout == scoring.layout for other in others]):
             layers += others
-    known = [_programs.get(_launch_key(layout, layer, length, end)) for layer in layers]
-    if known[0] is None:
-        return None
-    counts = tuple([layer.counts or layer.k + layer.window + layer.sinks for layer in layers])
+    counts = tuple([layer.counts or layer.budget.fewest_slots for layer in layers])
     slots = SharedSlots(places_of_slots(batch, heads, dim, key.dtype, counts), key.device)
+    nothing: list[list[int]] = [[] for _ in layers]
     of_end = 0 if end is None else end.data_ptr()
-    addresses = []
+    made = SharedReading(cache.number_in_call, layout, layers, slots, of_end, [None] * len(layers), nothing)
     for number, layer in enumerate(layers):
-        assert layer.scoring is not None
-        tables = (0, 0) if layer.counts is None else _addresses_of_tables(layer.k, layer.counts, key.device)
-        addresses.append([*layer.scoring.addresses, *slots.addresses(number), *tables, of_end])
-    largest = max([program for program in known if program is not None], key=lambda program: program.used)
-    with lasting():
-        made = SharedReading(cache.number_in_call, layout, known, addresses, slots, largest.memory())
-    if call is not None and call.shared is None:
+        program = _programs.get(_launch_key(layout, layer, length, end))
+        if program is not None:
+            made.add(number, program)
+    if call is not None and shared is None:
         call.shared = made
     return made
 
 
 def _launch_key(layout: Hashable, layer: LayerToRead, length: int, end: Tensor | None) -> Hashable:
     """Return what the launches of a layer depend on; where heads differ, layers of about as many keys share them."""
-    k: Any = layer.k
-    if layer.counts is not None:
-        fits = length <= min(layer.counts)
-        k = most_selected(k, fits), fits
-    return layout, layer.scoring and layer.scoring.layout, k, layer.window, layer.sinks, end is None
+    budget, k = layer.budget, layer.budget.k
+    of_heads: Hashable = k
+    if not isinstance(k, int):
+        fits = length <= budget.fewest_slots
+        of_heads = most_selected(k, fits), fits
+    return layout, layer.scoring and layer.scoring.layout, of_heads, budget.window, budget.sinks, end is None
 
 
 def _read(
@@ -343,14 +370,14 @@ def _read(
 
     inputs = new.query, new.key, new.value, new.hidden_states
     end = None if cache.call is None else cache.call.end
-    settings = settings_of(Budget(cache.k, cache.window, cache.sinks), new.key.shape[2], new.scaling, scoring)
+    layer = layer_to_read(cache, scoring)
+    settings = settings_of(layer.budget, new.key.shape[2], new.scaling, scoring)
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
         fix_address(tensor)
     if layout is not None:
         program = noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
-        layer = LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring)
         remember(_programs, _launch_key(layout, layer, new.key.shape[2], end), program)
     return output, slots
 

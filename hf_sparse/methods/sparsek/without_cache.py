@@ -59,7 +59,7 @@ class SharedLaunches:
     """Hold the launches that the layers of one forward have in common, while their tensors have the same layout.
 
     Attributes:
-        layout: of the tensors.
+        layout: of tensors and scorer.
         programs: the launches, by what they depend on of the budget of a layer.
         memory: that they use; one layer after another does.
     """
@@ -120,13 +120,13 @@ def attend_fast_alone(
     bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
         return None
-    layout = layout_of(query, key, value, hidden_states, scaling)
+    layout = layout_of(query, key, value, hidden_states, scaling), scoring.layout
     shared: SharedLaunches | None = call.shared
     if shared is None or shared.layout != layout:
         shared = call.shared = SharedLaunches(layout)
     program = shared.programs.get(ready.budget)
     if program is None:
-        program = _programs.get((layout, scoring.layout, ready.budget))
+        program = _programs.get((*layout, ready.budget))
         if program is None:
             return None
         shared.programs[ready.budget] = program
@@ -160,11 +160,11 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
     scoring = scoring_of(attention)
     if scoring is None:
         return None
-    layout = (layout_of(query, key, value, hidden_states, scaling), scoring.layout, _launch_budget(budget))
+    launch_key = (layout_of(query, key, value, hidden_states, scaling), scoring.layout, _launch_budget(budget))
     is_noted = can_be_noted(new, scoring)
-    program = _programs.get(layout) if is_noted else None
+    program = _programs.get(launch_key) if is_noted else None
     if program is None:
-        return _attend(new, scoring, budget, layout if is_noted else None)
+        return _attend(new, scoring, budget, launch_key if is_noted else None)
     table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, key.device)
     bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     return program.launch([*bases, *scoring.addresses, table], program.memory())[0]
@@ -178,8 +178,8 @@ def _address_of_counts(k: tuple[int, ...], device: torch.device) -> int:
     return counts_of_heads(k, device).data_ptr()
 
 
-def _attend(new: NewTokens, scoring: Scoring, budget: Budget, layout: Hashable | None) -> Tensor | None:
-    """Return the output, `None` if no kernel takes what came; note the launches of the layout."""
+def _attend(new: NewTokens, scoring: Scoring, budget: Budget, launch_key: Hashable | None) -> Tensor | None:
+    """Return the output, `None` if no kernel takes what came; note the launches under a key."""
     if not takes(new, scoring, budget.k):
         return None
     from hf_sparse.ops.selection.triton.reading import attend_text, noted_attention
@@ -187,6 +187,6 @@ def _attend(new: NewTokens, scoring: Scoring, budget: Budget, layout: Hashable |
     inputs = new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope
     settings = settings_of(budget, new.key.shape[2], new.scaling, scoring)
     output = attend_text(*inputs, settings)
-    if layout is not None:
-        remember(_programs, layout, noted_attention(*inputs, settings))
+    if launch_key is not None:
+        remember(_programs, launch_key, noted_attention(*inputs, settings))
     return output

@@ -26,6 +26,11 @@ def offsets_of(counts: Sequence[int], device: torch.device) -> Tensor:
     """
     if torch.compiler.is_compiling():  # such a tensor has no content
         return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+    return known_offsets(counts, device)
+
+
+def known_offsets(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return what `offsets_of` returns where nothing is compiled, also to what runs while something else is."""
     key = (device, tuple(counts))
     if key not in _offsets:
         with torch.inference_mode(False):

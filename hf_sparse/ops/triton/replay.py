@@ -275,6 +275,4 @@ class Program:
         values += self.constants
         for launch, arguments in self.launches:
             launch(*arguments(values))
-        if not self.order:
-            return ()
         return tuple([None if number is None else made[number] for number in self.order])

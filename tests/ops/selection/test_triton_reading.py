@@ -206,7 +206,7 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
         kind = SparseKCacheLayer if isinstance(k, int) else RaggedCacheLayer
         cache = kind(k, 10, 3, owner=("id", None))
         cache.scoring = scoring
-        kinds = [reading.LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring)]
+        kinds = [reading.layer_to_read(cache, scoring)]
         cache.call = ModelCall(kinds, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
         cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
         with torch.no_grad():
@@ -253,7 +253,7 @@ def layer_of(call, counts, scoring="one"):
     cache = SparseKCacheLayer(counts - 4, 3, 1) if isinstance(counts, int) else RaggedCacheLayer(counts, 0, 0)
     scoring = scoring and Scoring(None, None, (), (1, 2), scoring)
     cache.call, cache.scoring, cache.number_in_call = call, scoring, len(call.kinds)
-    call.kinds.append(reading.LayerToRead(cache.k, cache.window, cache.sinks, cache.counts, scoring))
+    call.kinds.append(reading.layer_to_read(cache, scoring))
     return cache
 
 
@@ -333,21 +333,41 @@ def test_layers_that_differ_otherwise_take_slots_of_their_own(other):
         assert alone is not shared is call.shared and alone.first == 1 and len(alone.programs) == 1
 
 
-def test_memory_is_that_of_the_layer_that_needs_most(monkeypatch):
+def test_a_layer_whose_launches_are_noted_later_has_shared_slots(monkeypatch):
+    """Memory is that of the layer that needs most, of those whose launches are known."""
     call = ModelCall()
     layers = [layer_of(call, count) for count in (8, 9, 10)]
-    sizes = {4: 100, 5: 300, 6: None}
+    used = {4: 100, 5: 300, 6: 500}
     programs = {
-        ("layout", "one", k, 3, 1, True): SimpleNamespace(used=used, memory=lambda used=used: torch.empty(used))
-        for k, used in sizes.items()
-        if used
+        ("layout", "one", k, 3, 1, True): SimpleNamespace(used=size, memory=lambda size=size: torch.empty(size))
+        for k, size in used.items()
     }
-    monkeypatch.setattr(reading, "_programs", programs)
+    known = dict(list(programs.items())[:2])
+    monkeypatch.setattr(reading, "_programs", known)
     key = torch.zeros(1, 2, 9, 5)
-    shared = reading._shared_reading(layers[0], NewTokens(None, key, key, None, None, 1.0), "layout", layers[0].scoring)
-    assert len(shared.memory) == 300 and shared.programs == [*programs.values(), None]
     new = NewTokens(None, key, key, None, None, 1.0)
+    shared = reading._shared_reading(layers[0], new, "layout", layers[0].scoring)
+    assert len(shared.memory) == 300 and shared.programs == [*known.values(), None] and not shared.addresses[2]
     assert reading._shared_reading(layers[2], new, "layout", layers[2].scoring) is None  # its launches are not known
+    known |= programs
+    assert reading._shared_reading(layers[2], new, "layout", layers[2].scoring) is shared is call.shared
+    assert len(shared.memory) == 500 and shared.programs == [*programs.values()]
+    assert shared.addresses[2][2:9] == [tensor.data_ptr() for tensor in shared.slots.tensors(2)]
+
+
+def test_offsets_found_while_a_step_is_traced_are_those_that_stay():
+    cache = RaggedCacheLayer((3, 5), 1, 1)
+    places = places_of_slots(1, 2, 5, torch.float32, (cache.counts,))
+    cache.take_shared(SharedSlots(places, torch.device("cpu")), 0)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def read(tensor):
+        cache.begin_attention()
+        return cache.offsets.sum() + tensor
+
+    assert read(torch.zeros(())) == sum((0, 5, 12))
+    assert cache.offsets is ragged.offsets_of(cache.counts, torch.device("cpu"))
+    assert vars(cache.offsets)["_dynamo_static_input_type"]
 
 
 class NotedLaunches:
@@ -449,7 +469,9 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
         found = without_cache.attend_fast_alone(*short, states, ready, call, 0.25)
         expected = without_cache.attend_without_cache(attention, NewTokens(*short, states, None, 0.25))
         assert torch.equal(found, expected) and len(program.bases) == 3
+        other = ready._replace(scoring=scoring._replace(layout=None))  # a weight that lies elsewhere
         monkeypatch.setattr(without_cache, "_programs", {})
+        assert without_cache.attend_fast_alone(query, key, value, states, other, call, 0.25) is None
         longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
         assert without_cache.attend_fast_alone(*longer, states, ready, call, 0.25) is None
     assert without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25) is None  # gradients
