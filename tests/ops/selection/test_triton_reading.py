@@ -249,7 +249,7 @@ def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another()
 
 
 def layer_of(call, counts, scoring="one"):
-    """A cache layer that a call of the model has made."""
+    """Make a cache layer as a call of the model does."""
     cache = SparseKCacheLayer(counts - 4, 3, 1) if isinstance(counts, int) else RaggedCacheLayer(counts, 0, 0)
     scoring = scoring and Scoring(None, None, (), (1, 2), scoring)
     cache.call, cache.scoring, cache.number_in_call = call, scoring, len(call.kinds)
@@ -258,7 +258,7 @@ def layer_of(call, counts, scoring="one"):
 
 
 def shared_by(cache, length=9, heads=2, layout="layout"):
-    """What a layer reads with, whose launches are known."""
+    """Return what a layer reads with, whose launches are known."""
     key = torch.zeros(1, heads, length, 5)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reading, "_programs", SimpleNamespace(get=lambda key: NotedLaunches(key=key)))
@@ -503,7 +503,7 @@ class InterpretedLaunches:
 
 
 def tensor_at(address, alike):
-    """A tensor of the shape, strides and dtype of another one in memory of this process."""
+    """Make a tensor of the shape, strides and dtype of another one in memory of this process."""
     size = 1 + sum((number - 1) * stride for number, stride in zip(alike.shape, alike.stride(), strict=True))
     memory = (ctypes.c_char * (size * alike.element_size())).from_address(address)
     return torch.frombuffer(memory, dtype=alike.dtype).as_strided(alike.shape, alike.stride())
