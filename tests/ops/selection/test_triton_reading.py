@@ -293,7 +293,7 @@ def test_layers_of_a_recorded_prompt_read_where_it_ends():
 
 
 def test_layers_of_other_budgets_share_launches_where_all_keys_have_slots():
-    """Heads that differ go by tables; programs without slots cost nothing."""
+    """The kernel reads the numbers of slots from a table, so launches may be for more of them."""
     call = ModelCall()
     layers = [layer_of(call, counts) for counts in ((300, 500), (400, 400), (290, 510))]
     keys = [program.key for program in shared_by(layers[0], length=290).programs]
