@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.core.generation import Generation
@@ -20,6 +19,7 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.first_calls import layers_like
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, fix_address, lasting
 from hf_sparse.methods.sparsek.scorer import LinearScorer
+from hf_sparse.ops.causal_attention import are_launchable, attend_by_sdpa
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
@@ -130,7 +130,7 @@ def read_in_few_launches(
 ) -> Tensor | None:
     """Score the tokens of a text, attend, and fill a cache layer that holds nothing yet.
 
-    A text that fits into the slots is attended to by the kernel of the base model, with the same result.
+    A text that fits into the slots is attended to in full, see `ops.causal_attention`.
 
     Args:
         new: all tokens of each row.
@@ -156,7 +156,7 @@ def read_in_few_launches(
     if (call is None or call.shared is None) and not _may_read(attention, query, cache):
         return None
     layout = layout_of(query, key, value, hidden_states, scaling)
-    is_noted = can_be_noted(new, scoring)
+    is_noted = scoring.layout is not None and are_aligned(new)
     shared = _shared_reading(cache, new, layout, scoring) if is_noted else None
     output = None if shared is None else read_fast(query, key, value, hidden_states, cache, scaling, shared)
     if output is not None:
@@ -167,7 +167,7 @@ def read_in_few_launches(
         _compile_all(generation, new, scoring)
     output, slots = _read(new, scoring, cache, layout if is_noted else None)
     cache.take(*slots)
-    return attend_to_all(new) if output is None else output
+    return attend_by_sdpa(query, key, value, scaling) if output is None else output
 
 
 def read_fast(
@@ -207,15 +207,14 @@ def read_fast(
     bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
         return None
-    if not program.order:  # all keys fit: the launches fill the slots, read no query and return nothing
+    if not program.order:  # the launches fill the slots, read no query and return nothing
         del bases[0]
     bases += shared.addresses[number]
     results = program.launch(bases, shared.memory)
     cache.take_shared(shared.slots, number)
     if results:
         return results[0]
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return attend_by_sdpa(query, key, value, scaling)
 
 
 def layout_of(query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, scaling: float) -> Hashable:
@@ -226,18 +225,10 @@ def layout_of(query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, 
     )  # fmt: skip
 
 
-def attend_to_all(new: NewTokens) -> Tensor:
-    """Attend to all keys up to the query by the kernel of the base model, `[B, Hq, T, D]`."""
-    query, key, value = new[:3]
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=new.scaling, enable_gqa=grouped)
-
-
-def can_be_noted(new: NewTokens, scoring: Scoring) -> bool:
-    """Tell whether launches are noted: all inputs and the weights of the scorer lie at multiples of 16 bytes."""
+def are_aligned(new: NewTokens) -> bool:
+    """Tell whether all inputs lie at multiples of 16 bytes, so that launches are noted."""
     query, key, value, hidden_states = new[:4]
-    addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | hidden_states.data_ptr()
-    return scoring.layout is not None and not addresses % 16
+    return not (query.data_ptr() | key.data_ptr() | value.data_ptr() | hidden_states.data_ptr()) % 16
 
 
 def remember(programs: "dict[Hashable, Program]", layout: Hashable, program: "Program | None") -> None:
@@ -365,7 +356,7 @@ def _launch_key(layout: Hashable, layer: LayerToRead, length: int, end: Tensor |
 def _read(
     new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer, layout: Hashable | None
 ) -> tuple[Tensor | None, "Slots"]:
-    """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
+    """Return the output, `None` where SDPA is to attend, and the slots; note the launches of the layout."""
     from hf_sparse.ops.selection.triton.reading import noted_reading, read_text
 
     inputs = new.query, new.key, new.value, new.hidden_states
@@ -385,20 +376,15 @@ def _read(
 def takes(new: NewTokens, scoring: Scoring, k: Counts) -> bool:
     """Tell whether the kernels take a text: devices, dtypes, sizes and layout."""
     query, key, value, states, _, _ = new
-    weight, slope, dtype = scoring.weight, scoring.slope, query.dtype
+    weight, slope = scoring.weight, scoring.slope
     return (
-        dtype in DTYPES
-        and dtype == key.dtype == value.dtype
+        are_launchable(query, key, value)
         and states.dtype in DTYPES
         and weight.dtype in DTYPES
-        and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
         and most_selected(k) <= MOST_LISTED
-        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()
-        and key.device == value.device == weight.device == query.device == states.device
+        and weight.device == query.device == states.device
         and (slope is None or (slope.device == query.device and slope.dtype in DTYPES))
-        and not torch.compiler.is_compiling()
-        and not torch.cuda.is_current_stream_capturing()
     )

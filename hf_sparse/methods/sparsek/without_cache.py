@@ -1,7 +1,7 @@
 """Attend to whole texts of which nothing is kept, where no gradient is wanted and nothing else looks on.
 
 On short texts the host sets the pace, and what serves training too asks for much that is of no use here: a text that
-fits into the budget needs no scores at all, and of a longer one all launches are noted together.
+fits into the budget needs no scores at all, and all launches are noted together.
 """
 
 import functools
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.core.backbone_call import BackboneCall
@@ -18,8 +17,7 @@ from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.reading import (
     Scoring,
-    attend_to_all,
-    can_be_noted,
+    are_aligned,
     layout_of,
     most_selected,
     remember,
@@ -27,6 +25,7 @@ from hf_sparse.methods.sparsek.reading import (
     settings_of,
     takes,
 )
+from hf_sparse.ops.causal_attention import attend_by_sdpa, takes_kernel
 from hf_sparse.ops.triton import installed, is_on_gpu
 
 if TYPE_CHECKING:
@@ -42,16 +41,15 @@ class ReadyLayer(NamedTuple):
     """Hold what a layer attends with in a forward that keeps nothing.
 
     Attributes:
-        fewest_slots: as many tokens are attended to in full.
-        budget: what launches depend on of the budget of the layer, see `_launch_budget`.
-        scoring: what its scorer computes with; `None` where no kernel knows it, or none is needed.
-        table: where the table of heads that differ is, 0 without one.
+        length: tokens of the texts that it is ready for.
+        launches: what its launches depend on beside the layout of the tensors, see `_launches_of`; `None` where all
+            keys are attended to.
+        addresses: those that the launches take after the inputs; none where all keys are attended to.
     """
 
-    fewest_slots: int
-    budget: Budget
-    scoring: Scoring | None
-    table: int
+    length: int
+    launches: Hashable
+    addresses: tuple[int, ...]
 
 
 @dataclass
@@ -59,13 +57,13 @@ class SharedLaunches:
     """Hold the launches that the layers of one forward have in common, while their tensors have the same layout.
 
     Attributes:
-        layout: of tensors and scorer.
-        programs: the launches, by what they depend on of the budget of a layer.
+        layout: of the tensors.
+        programs: the launches, by what they depend on of a layer; `None` where SDPA is to attend to all keys.
         memory: that they use; one layer after another does.
     """
 
     layout: Hashable
-    programs: "dict[Budget, Program]" = field(default_factory=dict)
+    programs: "dict[Hashable, Program | None]" = field(default_factory=dict)
     memory: Tensor | None = None
 
 
@@ -78,16 +76,19 @@ def ready_layer(attention: "SparseKAttention", length: int) -> ReadyLayer | None
     if attention.training or not attention.causal or not attention.uses_scorer:
         return None
     budget = attention.budget
-    fewest = budget.fewest_slots
-    scoring = scoring_of(attention) if _TRITON and length > fewest else None
-    if scoring is None or isinstance(budget.k, int):
-        return ReadyLayer(fewest, budget, scoring, 0)
-    return ReadyLayer(fewest, _launch_budget(budget), scoring, _address_of_counts(budget.k, scoring.weight.device))
+    if length <= budget.fewest_slots:
+        return ReadyLayer(length, None, ())
+    scoring = scoring_of(attention) if _TRITON else None
+    if scoring is None or scoring.layout is None:
+        return None
+    table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, scoring.weight.device)
+    return ReadyLayer(length, _launches_of(budget, scoring), (*scoring.addresses, table))
 
 
-def _launch_budget(budget: Budget) -> Budget:
-    """Return what launches depend on of a budget: heads that differ select by a table, up to a number of keys."""
-    return budget if isinstance(budget.k, int) else budget._replace(k=(most_selected(budget.k),))
+def _launches_of(budget: Budget, scoring: Scoring) -> Hashable:
+    """Return what launches depend on of a layer: heads that differ select by a table, up to a number of keys."""
+    of_budget = budget if isinstance(budget.k, int) else budget._replace(k=(most_selected(budget.k),))
+    return scoring.layout, of_budget
 
 
 def attend_fast_alone(
@@ -109,30 +110,30 @@ def attend_fast_alone(
     Returns:
         `[B, Hq, T, D]`; `None` where `attend_without_cache` has to do it.
     """
-    if ready is None or torch.is_grad_enabled() or type(query) is not Tensor:
+    if ready is None or key.shape[2] != ready.length or torch.is_grad_enabled() or type(query) is not Tensor:
         return None
-    if key.shape[2] <= ready.fewest_slots:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    scoring = ready.scoring
-    if scoring is None:
-        return None
-    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
-    if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
-        return None
-    layout = layout_of(query, key, value, hidden_states, scaling), scoring.layout
+    launches = ready.launches
+    layout = layout_of(query, key, value, hidden_states, scaling)
     shared: SharedLaunches | None = call.shared
     if shared is None or shared.layout != layout:
         shared = call.shared = SharedLaunches(layout)
-    program = shared.programs.get(ready.budget)
-    if program is None:
-        program = _programs.get((*layout, ready.budget))
-        if program is None:
+    if launches in shared.programs:
+        program = shared.programs[launches]
+    else:
+        program = _programs.get((layout, launches))
+        if program is None and launches is not None:
             return None
-        shared.programs[ready.budget] = program
-        if shared.memory is None or len(shared.memory) < program.used:
+        shared.programs[launches] = program
+        if program is not None and (shared.memory is None or len(shared.memory) < program.used):
             shared.memory = program.memory()
-    bases += (*scoring.addresses, ready.table)
+    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    if program is None:
+        return attend_by_sdpa(query, key, value, scaling)
+    if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
+        return None
+    if launches is None:  # all keys are attended to, and nothing is scored
+        del bases[3]
+    bases += ready.addresses
     return program.launch(bases, shared.memory)[0]
 
 
@@ -154,20 +155,38 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         return None
     budget = attention.budget
     if key.shape[2] <= budget.fewest_slots:
-        return attend_to_all(new)
+        return _attend_to_all(new)
     if not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
         return None
     scoring = scoring_of(attention)
     if scoring is None:
         return None
-    launch_key = (layout_of(query, key, value, hidden_states, scaling), scoring.layout, _launch_budget(budget))
-    is_noted = can_be_noted(new, scoring)
+    is_noted = scoring.layout is not None and are_aligned(new)
+    launch_key = (layout_of(query, key, value, hidden_states, scaling), _launches_of(budget, scoring))
     program = _programs.get(launch_key) if is_noted else None
     if program is None:
         return _attend(new, scoring, budget, launch_key if is_noted else None)
     table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, key.device)
     bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     return program.launch([*bases, *scoring.addresses, table], program.memory())[0]
+
+
+def _attend_to_all(new: NewTokens) -> Tensor | None:
+    """Attend to all keys up to the query; the launch of the kernel for short texts is noted, if that takes them."""
+    query, key, value, hidden_states, _, scaling = new
+    if not takes_kernel(query, key, value):
+        return attend_by_sdpa(query, key, value, scaling)
+    layout = layout_of(query, key, value, hidden_states, scaling)
+    is_noted = are_aligned(new)
+    program = _programs.get((layout, None)) if is_noted else None
+    if program is not None:
+        return program.launch([query.data_ptr(), key.data_ptr(), value.data_ptr()], program.memory())[0]
+    from hf_sparse.ops.triton.causal_attention import attend, noted_attention
+
+    output = attend(query, key, value, scaling)
+    if is_noted:
+        remember(_programs, (layout, None), noted_attention(query, key, value, scaling))
+    return output
 
 
 @functools.lru_cache(maxsize=1024)

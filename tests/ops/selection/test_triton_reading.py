@@ -14,12 +14,13 @@ from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
-from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops import causal_attention, sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import Slopes, normalised, slope_positions
 from hf_sparse.ops.selection.triton import reading as kernels
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, attend_text, places_of_slots, read_text
+from hf_sparse.ops.triton import causal_attention as of_short_texts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter", "nothing_noted")
@@ -63,15 +64,13 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, slope_leng
     for _ in range(2 if DEVICE == "cuda" else 1):  # the second time by the launches that the first one noted
         output, slots = read_text(query, key, value, states, weight, slope, settings)
         torch.testing.assert_close(slots.scores, slots.scores.nan_to_num(7.0, 7.0, 7.0), rtol=0, atol=0)
-        if length <= settings.slots:
-            assert output is None
-        else:
-            expected = sparsek_attention(
-                query.double(), key.double(), value.double(), scores.double(), k=13, window=21, sinks=4, scaling=0.2,
-                implementation="dense",
-            )  # fmt: skip
-            tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
-            torch.testing.assert_close(output.double(), expected, **tolerance)
+        expected = sparsek_attention(
+            query.double(), key.double(), value.double(), scores.double(), k=13, window=21, sinks=4, scaling=0.2,
+            implementation="dense",
+        )  # fmt: skip
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
+        torch.testing.assert_close(output.double(), expected, **tolerance)
+        if length > settings.slots:
             assert torch.equal(attend_text(query, key, value, states, weight, slope, settings), output)
         with pytest.MonkeyPatch.context() as plain:
             plain.setattr(reference, "_TRITON", False)
@@ -104,8 +103,8 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
     tensors = inputs(2, heads * group, heads, length, 16, 48, torch.float32, learned)
     for _ in range(2 if DEVICE == "cuda" else 1):  # the second time by the launches that the first one noted
         output, slots = read_text(*tensors, settings)
-        assert (output is None) == (length <= settings.fewest_slots)
-        assert output is None or torch.equal(attend_text(*tensors, settings), output)
+        if length > settings.fewest_slots:
+            assert torch.equal(attend_text(*tensors, settings), output)
         tables = (slots.keys, slots.values, slots.scores, slots.positions)
         parts = zip(k_of_heads, *(ragged.of_heads(table, settings.counts) for table in tables), strict=True)
         for head, (k, *kept) in enumerate(parts):
@@ -116,8 +115,7 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
             of_one, expected = read_text(*alone, slope, ReadingSettings(k, **budget, slopes=Slopes(0.01, 256, 0)))
             for mine, theirs in zip(kept, expected[:4], strict=True):
                 assert torch.equal(mine, theirs)
-            if output is not None and of_one is not None:
-                torch.testing.assert_close(output[:, of_group], of_one, rtol=0, atol=1e-5)
+            torch.testing.assert_close(output[:, of_group], of_one, rtol=0, atol=1e-5)
         assert slots.seen.tolist() == [length] * 2 and slots.tokens == length and not slots.padded_late.any()
 
 
@@ -155,7 +153,8 @@ def test_slots_of_a_text_that_ends_early(length, ends, k_of_heads, ties, poisone
             else:
                 assert torch.equal(mine, theirs), (name, number)
         assert slots.tokens == number
-        if shorter is not None and output is not None:
+        assert (output is None) == (length <= settings.fewest_slots)  # a recorded text, which SDPA attends to then
+        if output is not None:
             torch.testing.assert_close(output[:, :, :number], shorter, rtol=1e-5, atol=1e-5)
 
 
@@ -386,6 +385,16 @@ class NotedLaunches:
         return () if self.output is None else (self.output,)
 
 
+def test_a_text_that_is_not_short_is_left_to_sdpa(monkeypatch, poisoned_memory):
+    settings = ReadingSettings(k=13, window=21, sinks=4, scaling=0.2, slopes=Slopes(0.01, 256, 0))
+    tensors = inputs(1, 4, 2, 30, 16, 48, torch.float32, False)
+    output, slots = read_text(*tensors, settings)
+    assert output is not None
+    monkeypatch.setattr("hf_sparse.ops.causal_attention._MOST_PRODUCTS", 64 * 30 * 30 - 1)
+    output, same = read_text(*tensors, settings)
+    assert output is None and all(torch.equal(one, other) for one, other in zip(slots, same, strict=True))
+
+
 @pytest.mark.parametrize("fits", [True, False], ids=["fits", "beyond"])
 @pytest.mark.parametrize("counts", [(12, 12, 12), ((5, 7), (6, 6), (5, 7))], ids=["equal", "heads"])
 def test_a_layer_reads_by_the_launches_of_the_one_before(counts, fits, monkeypatch):
@@ -465,21 +474,45 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
             assert torch.equal(found, expected)
         assert [*call.shared.programs.values()] == [program]
         assert program.bases[0] == program.bases[1] == program.bases[2]
-        short = [tensor[:, :, :9] for tensor in (query, key, value)]
-        found = without_cache.attend_fast_alone(*short, states, ready, call, 0.25)
-        expected = without_cache.attend_without_cache(attention, NewTokens(*short, states, None, 0.25))
-        assert torch.equal(found, expected) and len(program.bases) == 3
-        other = ready._replace(scoring=scoring._replace(layout=None))  # a weight that lies elsewhere
         monkeypatch.setattr(without_cache, "_programs", {})
+        other = ready._replace(launches=("another scorer",))
         assert without_cache.attend_fast_alone(query, key, value, states, other, call, 0.25) is None
         longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
         assert without_cache.attend_fast_alone(*longer, states, ready, call, 0.25) is None
+        elsewhere = scoring._replace(layout=None)  # a weight that begins at no multiple of 16 bytes
+        monkeypatch.setattr(without_cache, "scoring_of", lambda attention: elsewhere)
+        assert without_cache.ready_layer(attention, 30) is None
     assert without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25) is None  # gradients
-    assert without_cache.ready_layer(attention, 9).scoring is None  # a text that fits needs no scores
-    for name, other in (("training", True), ("causal", False), ("uses_scorer", False)):
+    for name, value in (("training", True), ("causal", False), ("uses_scorer", False)):
         with monkeypatch.context() as changed:
-            changed.setattr(attention, name, other)
-            assert without_cache.ready_layer(attention, 30) is None
+            changed.setattr(attention, name, value)
+            assert without_cache.ready_layer(attention, 9) is None
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_layer_that_keeps_nothing_attends_to_all_keys_that_fit(is_short, monkeypatch):
+    """By the launch of the kernel for short texts, or by SDPA; the scorer is not asked for."""
+    query, key, value, states, _, _ = inputs(1, 4, 2, 9, 16, 48, torch.float32, False)
+    program = NotedLaunches(query + 1) if is_short else None
+    monkeypatch.setattr(without_cache, "_programs", {} if program is None else {(LAYOUT_OF_SHORT, None): program})
+    monkeypatch.setattr(without_cache, "layout_of", lambda *_: LAYOUT_OF_SHORT)
+    monkeypatch.setattr(without_cache, "takes_kernel", lambda *_: is_short)
+    attention = SimpleNamespace(training=False, causal=True, uses_scorer=True, budget=Budget(8, 3, 1))
+    ready, call = without_cache.ready_layer(attention, 9), BackboneCall()
+    with torch.no_grad():
+        expected = without_cache.attend_without_cache(attention, NewTokens(query, key, value, states, None, 0.25))
+        found = [without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25) for _ in range(2)]
+    assert all(torch.equal(one, expected) for one in found) and call.shared.programs == {None: program}
+    if program is None:
+        mine = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=0.25, enable_gqa=True
+        )
+        assert torch.equal(expected, mine)
+    else:
+        assert program.bases == 3 * [[tensor.data_ptr() for tensor in (query, key, value)]]
+
+
+LAYOUT_OF_SHORT = ("layout",)
 
 
 class InterpretedLaunches:
@@ -516,29 +549,20 @@ def as_on_gpu(monkeypatch):
         return
     from hf_sparse.methods.sparsek import attention
 
-    def noted_reading(query, *others):
-        *tensors, slots, settings, end = others
-        fits = query.shape[2] <= settings.fewest_slots
-        inputs = (*([] if fits else [query]), *tensors, *slots, *settings.tables(query.device), end)
-        return InterpretedLaunches(
-            kernels._take_all if fits else kernels._select, inputs, settings, () if fits else (0,)
-        )
-
-    def noted_attention(*tensors):
-        *inputs, settings = tensors
-        counts, _ = settings.tables(inputs[0].device)
-        return InterpretedLaunches(kernels._select_alone, (*inputs, counts), settings, (0,))
+    def program_of(function, tensors, settings):
+        return InterpretedLaunches(function, tensors, settings, () if function is kernels._take_all else (0,))
 
     def scoring_of(layer):
         weight = layer.sparsek_scorer[layer.active].weight
         key = (weight.data_ptr(), weight.dtype, 0, layer.sparsek_scorer[layer.active].slopes)
         return Scoring(weight, None, key, (weight.data_ptr(), 0), "layout")
 
-    monkeypatch.setattr(kernels, "noted_reading", noted_reading)
-    monkeypatch.setattr(kernels, "noted_attention", noted_attention)
+    for module in (kernels, of_short_texts):
+        monkeypatch.setattr(module, "program_of", program_of)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for module in (reading, without_cache):
+    for module in (reading, without_cache, causal_attention):
         monkeypatch.setattr(module, "is_on_gpu", lambda tensor: True)
+    for module in (reading, without_cache):
         monkeypatch.setattr(module, "_programs", {})
     for module in (reading, without_cache, attention):
         monkeypatch.setattr(module, "scoring_of", scoring_of)
@@ -549,8 +573,8 @@ def as_on_gpu(monkeypatch):
     [{}, {"layer_shares": [1.2, 0.8, 1.0]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75], [0.75, 1.25]]}],
     ids=["equal", "layers", "heads"],
 )
-@pytest.mark.parametrize("length", [17, 90])
-def test_a_model_reads_as_by_the_longer_path(length, shares, as_on_gpu, monkeypatch):
+@pytest.mark.parametrize("length, is_short", [(17, True), (17, False), (90, True)])
+def test_a_model_reads_as_by_the_longer_path(length, is_short, shares, as_on_gpu, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
 
     The first call of a length notes launches, and the second one makes the slots of all layers but the first together.
@@ -569,6 +593,8 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, as_on_gpu, monkeypa
     )  # fmt: skip
     torch.manual_seed(0)
     budget = SparseKConfig(k=8, window=12, sinks=2, **shares)
+    if not is_short:
+        monkeypatch.setattr(causal_attention, "_MOST_PRODUCTS", 0)
     model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), budget)
     ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
     results = []

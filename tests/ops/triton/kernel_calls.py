@@ -36,6 +36,7 @@ from hf_sparse.ops.selection.triton.scan import scan_prefixes, select_keys
 from hf_sparse.ops.selection.triton.step import StepKernel
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton import early as begins
+from hf_sparse.ops.triton.causal_attention import attend as attend_to_all
 from hf_sparse.ops.triton.divergence import fused_divergence
 from hf_sparse.ops.triton.products import ProductSizes, fused_gated_product, fused_product_added, fused_products
 
@@ -210,6 +211,11 @@ def read(dtype: torch.dtype, dim: int, *, length: int, learned: bool, unequal: b
     read_text(*inputs(dtype, dim, 4, length, length), states, torch.zeros(2, 576), slope, settings)
 
 
+def short_text(dtype: torch.dtype, dim: int, *, group: int, scaling: float) -> None:
+    attend_to_all(*inputs(dtype, dim, group, 70, 70), scaling)
+
+
+cross(SIZES, partial(short_text, group=4, scaling=0.2), partial(short_text, group=1, scaling=-0.2))
 for length in (20, 700):
     cross(FEW, *(partial(read, length=length, learned=learned, unequal=not learned) for learned in (True, False)))
 

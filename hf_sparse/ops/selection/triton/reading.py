@@ -1,4 +1,4 @@
-"""Read a text from its beginning on in few launches: score its tokens, attend if keys leave, and fill new KV slots.
+"""Read a text from its beginning on in few launches: score its tokens, attend, and fill new KV slots.
 
 That is what the layer of a prefill does without gradients. Called one after another, the functions that do it take
 more time on the host than the rest of a layer; here the launches of all are noted together (`ops.triton.replay`), and
@@ -6,7 +6,7 @@ the slots are allocated among the buffers of the kernels that fill them.
 """
 
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.causal_attention import is_short
 from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.thresholds import ScanPlan
@@ -25,6 +26,7 @@ from hf_sparse.ops.selection.triton.lists import selection_tables
 from hf_sparse.ops.selection.triton.scan import launch_selection, list_class
 from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.stacked import Kind, Places, places_of
+from hf_sparse.ops.triton.causal_attention import launch_attention
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
@@ -121,16 +123,33 @@ def read_text(
             `None` for `T`.
 
     Returns:
-        The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
-        new slots.
+        The output `[B, Hq, T, D]`, and the new slots. `None` for the output where all keys fit into the slots and SDPA
+        is to attend: the text is not short, or it is recorded, as one with `end` is.
     """
     slots = new_slots(key, settings.counts)
-    tables = settings.tables(key.device)
-    if key.shape[2] <= settings.fewest_slots:
-        replayed(_take_all, (key, value, states, weight, slope, *slots, *tables, end), settings)
-        return None, slots
-    (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
-    return output, slots
+    function, tensors = _reading(query, key, value, states, weight, slope, slots, settings, end)
+    results = replayed(function, tensors, settings)
+    return results[0] if results else None, slots
+
+
+def _reading(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    slots: Slots,
+    settings: ReadingSettings,
+    end: Tensor | None,
+) -> tuple[Callable[..., tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]:
+    """Return the function that reads a text, whose launches are noted, and the tensors that it takes."""
+    others = (key, value, states, weight, slope, *slots, *settings.tables(key.device), end)
+    if key.shape[2] > settings.fewest_slots:
+        return _select, (query, *others)
+    if end is None and is_short(query):
+        return _take_all_and_attend, (query, *others)
+    return _take_all, others
 
 
 def attend_text(
@@ -181,13 +200,11 @@ def noted_reading(
     """Return the launches of `read_text` for tensors of this layout, if a call has noted them.
 
     They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope, those of the slots, the
-    tables of the settings, and `end`; without the query where all keys fit into the slots. They return the output, or
-    nothing. Of heads that differ they are those of all layers with the same `settings.slots`.
+    tables of the settings, and `end`. They return the output; or nothing, and take no query, where `read_text` returns
+    none. Of heads that differ they are those of all layers with the same `settings.slots`.
     """
-    tables = settings.tables(key.device)
-    if key.shape[2] <= settings.fewest_slots:
-        return program_of(_take_all, (key, value, states, weight, slope, *slots, *tables, end), settings)
-    return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
+    function, tensors = _reading(query, key, value, states, weight, slope, slots, settings, end)
+    return program_of(function, tensors, settings)
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,6 +259,19 @@ def _take_all(
     return ()
 
 
+def _take_all_and_attend(query: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    """Do what `_take_all` does with the other arguments, and attend to all keys."""
+    *tensors, settings = others
+
+    def output(query: Tensor, *tensors: Any) -> Tensor:
+        _take_all(*tensors, settings)
+        return launch_attention(query, tensors[0], tensors[1], settings.scaling)
+
+    family = _family(settings, query.shape[2], True)
+    compile_ahead(output, query, *tensors, family=family)
+    return (output(query, *tensors),)
+
+
 def _select(
     query: Tensor, key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
@@ -284,6 +314,7 @@ def compile_readings(
 
     def all_readings(query: Tensor, key: Tensor, *others: Any) -> Tensor:
         output: Any = query
+        value = others[0]
         for settings, end in cases.values():
             slots = new_slots(key, settings.counts)
             tables: list[Tensor | None] = [None, None]
@@ -291,6 +322,8 @@ def compile_readings(
                 tables = [torch.empty(size, dtype=torch.int32, device=meta) for size in ((2, heads), (heads + 1,))]
             if length <= settings.fewest_slots:
                 _take_all(key, *others, *slots, *tables, end, settings)
+                if end is None and is_short(query):
+                    output = launch_attention(query, key, value, settings.scaling)
             else:
                 output = _launch(query, key, *others, *slots, *tables, end, settings=settings)[0]
         return output
