@@ -32,6 +32,8 @@ _active_collector: Any = private("transformers.utils.output_capturing", "_active
 sdpa_attention_forward: Any = private("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 
 
+_MOST_PRODUCTS = 1 << 33  # of a linear layer: up to so many the host sets the pace of a forward; measured on an H200
+
 # What is known where an attention module is called and the attention function needs: the sparse attention of the
 # module, its input `[B, T, C]`, its cache layer or `None`, and the call that it was checked in with all others, if any.
 # A tuple is made without a call of Python, and on short texts the host sets the pace.
@@ -60,13 +62,8 @@ def attention_forward(
         ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, a
             keyword that would change the result and is not known, or a call by `torch.jit.trace`.
     """
-    # Of the layers that a call checks together, one before was asked.
-    if (sparse_call is None or sparse_call[3] is None) and torch.jit.is_tracing():
-        raise ValueError(
-            "torch.jit.trace would record the keys that one text selects, for every other text: use torch.compile or "
-            "torch.export"
-        )
     if sparse_call is None:  # an attention module of a patched model that is not patched itself
+        _refuse_a_trace()
         return _attend_densely(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     attention, hidden_states, cache, call = sparse_call
     inputs = module, query, key, value, attention_mask, scaling, sparse_call, kwargs
@@ -87,6 +84,14 @@ def attention_forward(
             cache.cancel_attention(query.shape[2])
         raise
     return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse_a_trace() -> None:
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace would record the keys that one text selects, for every other text: use torch.compile or "
+            "torch.export"
+        )
 
 
 def _end(cache: SparseCacheLayer) -> None:
@@ -225,7 +230,7 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     cache, call = cache_given(module, args, kwargs), None
     if cache is None:
         call = None if is_compiled else current_call()
-        if call is not None and attention in call.ready:  # all has been checked at the second layer
+        if call is not None and attention in call.ready:  # all has been checked together
             return attention, hidden_states, None, call
     elif not is_compiled:
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
@@ -234,6 +239,7 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             return attention, hidden_states, layer, layer.call
     if not attention.is_active:
         return None
+    _refuse_a_trace()  # of the layers that a call checks together, the one that does
     name = None
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
@@ -249,8 +255,7 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
     one_by_one = may_switch or is_recorded(hidden_states.device)
     if cache is None:
-        # Not at the first layer: a GPU that has nothing to do yet would wait for all of it.
-        if call is None or one_by_one or not attention.layer or torch.is_grad_enabled():
+        if call is None or one_by_one or torch.is_grad_enabled() or not (attention.layer or _is_short(hidden_states)):
             return attention, hidden_states, None, None
         if torch.is_autocast_enabled(hidden_states.device.type):
             return attention, hidden_states, None, None
@@ -260,13 +265,26 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         call.ready.update({other: other.prepare(length) for other in others if other.is_active})
         return attention, hidden_states, None, call
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    if index and not one_by_one and not attention.has_local_neighbours and is_unused(cache, index):
+    if (
+        not one_by_one
+        and (index or _is_short(hidden_states))
+        and not attention.has_local_neighbours
+        and is_unused(cache, index)
+    ):
         assert attention.model_switch is not None
         make_layers(cache, attention.model_switch.modules())
     layer = sparse_cache_layer(cache, index, attention)
     attention.check_cache(layer)
     layer.begin_attention()
     return attention, hidden_states, layer, layer.call
+
+
+def _is_short(hidden_states: Tensor) -> bool:
+    """Tell whether inputs `[B, T, C]` are so few that all layers are seen to at the first one.
+
+    At others the GPU, which has nothing to do yet, would wait for that.
+    """
+    return hidden_states.numel() * hidden_states.shape[-1] <= _MOST_PRODUCTS
 
 
 def before_attention(

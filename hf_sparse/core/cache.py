@@ -13,8 +13,9 @@ class ModelCall:
     """Hold what the new cache layers of one call of a model share until the attention of each has filled it.
 
     Python runs faster over all layers at once than where each is reached. So the patch makes the cache layers of all
-    but the first together, with the checks that one call of the model needs once, and a method can do likewise. There
-    is none in a call that is being compiled, or recorded as a decoding step.
+    together (of long texts, which the GPU could begin with, of all but the first), with the checks that one call of the
+    model needs once, and a method can do likewise. There is none in a call that is being compiled, or recorded as a
+    decoding step.
 
     Attributes:
         kinds: what the layers may differ in, as the method says it of each, in their order.

@@ -42,6 +42,11 @@ def announced(generation: Generation | None) -> Iterator[None]:
         _announced.reset(token)
 
 
+def is_announced() -> bool:
+    """Tell whether a call of `generate` was announced in this thread, and no layer has taken it yet."""
+    return _announced.get() is not None
+
+
 def take_announcement(layer: object) -> Generation | None:
     """Return what was announced, once; `None` if nothing was, or to other layers, or another layer has taken it."""
     generation = _announced.get()

@@ -10,7 +10,7 @@ import torch
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
-from hf_sparse.methods.sparsek.reading import Scoring
+from hf_sparse.methods.sparsek.known_layer import Scoring
 from hf_sparse.ops.stacked import places_of
 
 BATCH, HEADS, DIM = 3, 2, 4
@@ -296,7 +296,7 @@ def test_a_copy_is_without_the_scorer():
     layer = new_layer(keys, values)
     layer.fill_whole(keys, values, scores)
     size = len(pickle.dumps(layer))
-    layer.scoring = Scoring(torch.randn(HEADS, 4096), None, (), (0, 0), None)  # as a prefill on a GPU leaves it
+    layer.scoring = Scoring(torch.randn(HEADS, 4096), None, None, (0, 0), None)  # as a prefill on a GPU leaves it
     assert len(pickle.dumps(layer)) == size and copy.deepcopy(layer).scoring is None
 
 

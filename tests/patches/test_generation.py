@@ -555,8 +555,14 @@ def test_a_cache_of_inference_mode_is_continued(model):
 
 
 @torch.no_grad()
-def test_the_second_layer_makes_the_cache_layers_of_all_others(tiny_llama):
-    """They belong to the call until they are filled; a cache that was made before keeps its own."""
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_layer_makes_the_cache_layers_of_all_others(is_short, tiny_llama, monkeypatch):
+    """The first one does, or the second one of a long text, for which the GPU has nothing to do before the first.
+
+    They belong to the call until they are filled; a cache that was made before keeps its own.
+    """
+    if not is_short:
+        monkeypatch.setattr("hf_sparse.patches.interface._MOST_PRODUCTS", 0)
     model = patch(tiny_llama(num_hidden_layers=4), SparseKConfig(**BUDGET))
     made = []
 
@@ -568,8 +574,8 @@ def test_the_second_layer_makes_the_cache_layers_of_all_others(tiny_llama):
     cache = DynamicCache(config=model.config)
     model(IDS, **with_cache(cache))
     layers = len(modules)
-    later = [[False] * (number + 1) + [True] * (layers - number - 1) for number in range(1, layers)]
-    assert made == [[False] * layers, *later]
+    later = [[False] * (number + 1) + [True] * (layers - number - 1) for number in range(layers)]
+    assert made == (later if is_short else [[False] * layers, *later[1:]])
     assert all(isinstance(layer, SparseKCacheLayer) and layer.get_seq_length() == LENGTH for layer in cache.layers)
     made.clear()
     cache = SparseKCache(model)

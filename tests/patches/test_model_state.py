@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_sparse import SparseKConfig, patch
-from hf_sparse.methods.sparsek.reading import Scoring
+from hf_sparse.methods.sparsek.known_layer import Scoring, known_layer
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.model_state import ReadMemory, state_of
 
@@ -35,8 +35,9 @@ def test_what_a_forward_leaves_changes_nothing(model):
 def test_what_a_forward_on_a_gpu_keeps_for_the_next_one_changes_nothing(model):
     before = state(model)
     for layer in sparse_layers(model):
-        assert layer.scoring is None
-        layer.scoring = Scoring(torch.ones(1), None, (), (0, 0), None)
+        assert layer.known is None
+        scoring = Scoring(torch.ones(1), None, None, (0, 0), None)
+        layer.known = known_layer(layer)._replace(scoring=scoring)
     assert state(model) == before
 
 

@@ -25,9 +25,10 @@ from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.continued import attend_more, attend_step
 from hf_sparse.methods.sparsek.first_calls import steps_begun
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
+from hf_sparse.methods.sparsek.known_layer import KnownLayer, known_layer, layer_to_read
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import Scoring, layer_to_read, read_fast, read_in_few_launches, scoring_of
+from hf_sparse.methods.sparsek.reading import begin_reading, read_fast, read_in_few_launches
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
@@ -104,11 +105,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.observer: Observer | None = None
         self.row_kernels: dict[object, Any] = {}
         self.row_scratch: Tensor | None = None
-        self.scoring: Scoring | None = None  # of the last call that `reading` knows
+        self.known: KnownLayer | None = None  # what `known_layer` returned last
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of a copy what it makes again for itself: compiled kernels, which know addresses, and memory."""
-        return vars(self) | {"row_kernels": {}, "row_scratch": None, "scoring": None}
+        return vars(self) | {"row_kernels": {}, "row_scratch": None, "known": None}
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
@@ -155,11 +156,15 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""
-        layer: Any = super().cache_layer_in_call(call)
-        # With it the layer reads as those before it in the call.
-        layer.scoring = scoring = scoring_of(self) if self.uses_scorer and not layer.pins_prompt else None
+        known = known_layer(self) if self.causal else None
+        if known is None:
+            layer: Any = super().cache_layer_in_call(call)
+            to_read = layer_to_read(layer, None)
+        else:
+            layer, to_read = known.new_cache_layer(), known.to_read
+            layer.call, layer.scoring = call, to_read.scoring  # with it the layer reads as those before it in the call
         layer.number_in_call = len(call.kinds)
-        call.kinds.append(layer_to_read(layer, scoring))
+        call.kinds.append(to_read)
         return layer
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:
@@ -275,7 +280,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Attend as a layer before in the same call, see `SparseAttentionLayer`."""
         if cache is None:
             return attend_fast_alone(query, key, value, hidden_states, call.ready.get(self), call, scaling)
-        return read_fast(query, key, value, hidden_states, cache, scaling)
+        tensors = query, key, value, hidden_states
+        if call.shared is None and not begin_reading(self, *tensors, cache, scaling):
+            return None
+        return read_fast(*tensors, cache, scaling)
 
     def prepare(self, length: int) -> ReadyLayer | None:
         """Return what texts are attended to with of which nothing is kept, see `SparseAttentionLayer`."""

@@ -29,12 +29,12 @@ class SharedSlots:
         self.dtype, self.device = places.kinds[0][1], device
         with lasting():
             self._memory = torch.empty(places.size, dtype=torch.uint8, device=device)
-        self._places, self._begin = places, self._memory.data_ptr()
+        begin = self._memory.data_ptr()
+        self._places, self._addresses = places, [begin + offset for offset in places.offsets]
 
     def addresses(self, number: int) -> list[int]:
         """Return where the tensors of a layer lie."""
-        begin = self._begin
-        return [begin + offset for offset in self._places.offsets[TENSORS * number : TENSORS * (number + 1)]]
+        return self._addresses[TENSORS * number : TENSORS * (number + 1)]
 
     def tensors(self, number: int) -> tuple[Tensor, ...]:
         """Make the tensors of a layer, marked as `fix_address` does."""

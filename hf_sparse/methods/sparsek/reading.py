@@ -1,24 +1,24 @@
 """Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer.
 
 On short texts the host sets the pace. So what depends on the layout of the tensors alone is looked up by it, and the
-slots of all layers but the first are allocated together.
+slots of all layers are allocated together, of long texts those of all but the first.
 """
 
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse.core.generation import Generation
+from hf_sparse.core.generation import Generation, is_announced
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget, Counts
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.first_calls import layers_like
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, fix_address, lasting
-from hf_sparse.methods.sparsek.scorer import LinearScorer
+from hf_sparse.methods.sparsek.known_layer import LayerToRead, Scoring, known_layer, layer_to_read
 from hf_sparse.ops.causal_attention import are_launchable, attend_by_sdpa
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
@@ -35,37 +35,6 @@ _ROUNDING = 64  # of the most selected keys of a head, where heads differ: layer
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
 
 
-class Scoring(NamedTuple):
-    """Hold what a linear scorer computes with.
-
-    Attributes:
-        weight, slope: its parameters.
-        key: their addresses, the dtype of the weight and the slopes of the configuration: the rest follows from them.
-        addresses: of weight and slope, 0 for none.
-        layout: what launches depend on of them; `None` if an address is no multiple of 16 bytes.
-    """
-
-    weight: Tensor
-    slope: Tensor | None
-    key: tuple[Any, ...]
-    addresses: tuple[int, int]
-    layout: Hashable | None
-
-
-class LayerToRead(NamedTuple):
-    """Hold what a layer of a call of a model may differ in from the others that read the same text.
-
-    Attributes:
-        budget: of the layer.
-        counts: slots of each KV head where they differ; `None` where they do not.
-        scoring: what its scorer computes with; `None` where it cannot read as those before it.
-    """
-
-    budget: Budget
-    counts: tuple[int, ...] | None
-    scoring: Scoring | None
-
-
 @dataclass
 class SharedReading:
     """Hold what layers read with that one call of a model has not filled yet: launches, and memory for all of them.
@@ -75,10 +44,9 @@ class SharedReading:
         layout: of the tensors that the launches are for, see `layout_of`.
         layers: those that have slots here.
         slots: of all these layers.
-        end: address of the number of tokens that is read in a recorded prompt, otherwise 0.
-        programs: for each of the layers its launches; `None` where none are known yet.
-        addresses: for each of them those that its launches take after the inputs, of its scorer and its slots among
-            them; none where no launches are known.
+        tables: for each of them the last addresses that its launches take: of tables of heads that differ, and of the
+            number of tokens that is read in a recorded prompt; 0 for none.
+        programs: for each of them its launches; `None` where none are known yet.
         memory: what the launches write to beside slots; one layer after another uses it.
     """
 
@@ -86,43 +54,15 @@ class SharedReading:
     layout: Hashable
     layers: list[LayerToRead]
     slots: SharedSlots
-    end: int
+    tables: list[tuple[int, int, int]]
     programs: "list[Program | None]"
-    addresses: list[list[int]]
     memory: Tensor | None = None
 
-    def add(self, number: int, program: "Program") -> None:
-        """Take the launches of one of the layers, which are known now."""
-        budget, counts, scoring = self.layers[number]
-        assert scoring is not None
-        tables = (0, 0) if counts is None else _addresses_of_tables(budget.k, counts, self.slots.device)
-        self.programs[number] = program
-        self.addresses[number] = [*scoring.addresses, *self.slots.addresses(number), *tables, self.end]
-        if self.memory is None or len(self.memory) < program.used:
+    def make_room(self, program: "Program | None") -> None:
+        """Allocate memory for launches, unless there is enough."""
+        if program is not None and program.used and (self.memory is None or len(self.memory) < program.used):
             with lasting():
                 self.memory = program.memory()
-
-
-def layer_to_read(cache: SparseKCacheLayer, scoring: Scoring | None) -> LayerToRead:
-    """Return what the layer may differ in that a cache layer, which holds nothing yet, belongs to."""
-    return LayerToRead(Budget(cache.k, cache.window, cache.sinks), cache.counts, scoring)
-
-
-def scoring_of(attention: "SparseKAttention") -> Scoring | None:
-    """Return what the scorer in use computes with; `None` if its scores are not linear, or it is not on a GPU."""
-    scorers: Any = attention._modules["sparsek_scorer"]  # not by `nn.Module.__getattr__`, which is slow
-    scorer = scorers._modules[attention.active]
-    weight, slope = scorer._parameters.get("weight"), scorer._parameters.get("slope")
-    if weight is None or not isinstance(scorer, LinearScorer) or not weight.is_cuda:
-        return None
-    key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.slopes)
-    known = attention.scoring
-    if known is None or known.weight is not weight or known.slope is not slope or known.key != key:
-        of_slope = None if slope is None else (slope.dtype, slope.device)
-        layout = (weight.shape, weight.stride(), weight.dtype, weight.device, of_slope, scorer.slopes)
-        is_aligned = (key[0] | key[2]) % 16 == 0
-        known = attention.scoring = Scoring(weight, slope, key, (key[0], key[2]), layout if is_aligned else None)
-    return known
 
 
 def read_in_few_launches(
@@ -148,7 +88,10 @@ def read_in_few_launches(
         return None
     if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
         return None
-    scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
+    scoring = cache.scoring
+    if scoring is None:
+        known = known_layer(attention)
+        scoring = None if known is None else known.scoring
     if scoring is None:
         return None
     call = cache.call
@@ -157,7 +100,7 @@ def read_in_few_launches(
         return None
     layout = layout_of(query, key, value, hidden_states, scaling)
     is_noted = scoring.layout is not None and are_aligned(new)
-    shared = _shared_reading(cache, new, layout, scoring) if is_noted else None
+    shared = _shared_reading(cache, key, layout, scoring) if is_noted else None
     output = None if shared is None else read_fast(query, key, value, hidden_states, cache, scaling, shared)
     if output is not None:
         return output
@@ -168,6 +111,31 @@ def read_in_few_launches(
     output, slots = _read(new, scoring, cache, layout if is_noted else None)
     cache.take(*slots)
     return attend_by_sdpa(query, key, value, scaling) if output is None else output
+
+
+def begin_reading(
+    attention: "SparseKAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    cache: SparseKCacheLayer,
+    scaling: float,
+) -> bool:
+    """Look up what the layers of a call of the model share, at the first of them that reads; arguments as in `attend`.
+
+    Returns:
+        False, with nothing changed, where `read_in_few_launches` has to ask for more, or launches are not known yet.
+    """
+    scoring = cache.scoring
+    if scoring is None or scoring.layout is None or cache.is_initialized or is_announced() or not _TRITON:
+        return False
+    if type(query) is not Tensor or torch.is_grad_enabled() or not _may_read(attention, query, cache):
+        return False
+    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
+        return False
+    layout = layout_of(query, key, value, hidden_states, scaling)
+    return _shared_reading(cache, key, layout, scoring) is not None
 
 
 def read_fast(
@@ -209,7 +177,10 @@ def read_fast(
         return None
     if not program.order:  # the launches fill the slots, read no query and return nothing
         del bases[0]
-    bases += shared.addresses[number]
+    scoring: Any = shared.layers[number].scoring
+    bases += scoring.addresses
+    bases += shared.slots.addresses(number)
+    bases += shared.tables[number]
     results = program.launch(bases, shared.memory)
     cache.take_shared(shared.slots, number)
     if results:
@@ -268,7 +239,7 @@ def settings_of(budget: Budget, length: int, scaling: float, scoring: Scoring) -
     k, window, sinks = budget
     of_heads = None if isinstance(k, int) else k
     most = most_selected(k, length <= budget.fewest_slots)
-    return ReadingSettings(most, window, sinks, scaling, scoring.key[3], of_heads)
+    return ReadingSettings(most, window, sinks, scaling, scoring.slopes, of_heads)
 
 
 def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> None:
@@ -286,23 +257,23 @@ def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> No
 
 
 @functools.lru_cache(maxsize=1024)
-def _addresses_of_tables(k: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[int, int]:
-    """Return where the tables of heads that differ are, which stay there for good."""
+def _addresses_of_tables(k: Counts, counts: tuple[int, ...] | None, device: torch.device) -> tuple[int, int]:
+    """Return where the tables of heads that differ are, which stay there for good; 0 for none."""
+    if counts is None or isinstance(k, int):
+        return 0, 0
     from hf_sparse.ops.selection.triton.reading import tables_of_heads
 
     of_keys, offsets = tables_of_heads(k, counts, device)
     return of_keys.data_ptr(), offsets.data_ptr()
 
 
-def _shared_reading(
-    cache: SparseKCacheLayer, new: NewTokens, layout: Hashable, scoring: Scoring
-) -> SharedReading | None:
+def _shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable, scoring: Scoring) -> SharedReading | None:
     """Return slots and launches for a layer, and for the next ones of its call of the model where it is the first.
 
     Args:
         cache: the layer, which holds nothing yet.
-        new: what it reads.
-        layout: what `layout_of` returns of it.
+        key: `[B, Hkv, T, D]`, which it is going to read.
+        layout: what `layout_of` returns of its tensors.
         scoring: what its scorer computes with.
 
     Returns:
@@ -310,7 +281,7 @@ def _shared_reading(
     """
     from hf_sparse.ops.selection.triton.reading import places_of_slots
 
-    key, call = new.key, cache.call
+    call = cache.call
     batch, heads, length, dim = key.shape
     end = None if call is None else call.end
     own = layer_to_read(cache, scoring)
@@ -321,7 +292,8 @@ def _shared_reading(
     if shared is not None and shared.layout == layout:
         number = cache.number_in_call - shared.first
         if 0 <= number < len(shared.layers):  # its launches were noted by a layer after the first of these
-            shared.add(number, program)
+            shared.programs[number] = program
+            shared.make_room(program)
             return shared
     layers = [own]
     if call is not None and shared is None:
@@ -331,13 +303,16 @@ def _shared_reading(
             layers += others
     counts = tuple([layer.counts or layer.budget.fewest_slots for layer in layers])
     slots = SharedSlots(places_of_slots(batch, heads, dim, key.dtype, counts), key.device)
-    nothing: list[list[int]] = [[] for _ in layers]
     of_end = 0 if end is None else end.data_ptr()
-    made = SharedReading(cache.number_in_call, layout, layers, slots, of_end, [None] * len(layers), nothing)
-    for number, layer in enumerate(layers):
-        program = _programs.get(_launch_key(layout, layer, length, end))
-        if program is not None:
-            made.add(number, program)
+    tables = [(*_addresses_of_tables(layer.budget.k, layer.counts, key.device), of_end) for layer in layers]
+    found: dict[Budget, Program | None] = {own.budget: program}
+    for layer in layers:
+        if layer.budget not in found:
+            found[layer.budget] = _programs.get(_launch_key(layout, layer, length, end))
+    programs = [found[layer.budget] for layer in layers]
+    made = SharedReading(cache.number_in_call, layout, layers, slots, tables, programs)
+    for of_layer in found.values():
+        made.make_room(of_layer)
     if call is not None and shared is None:
         call.shared = made
     return made

@@ -20,7 +20,7 @@ from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, alike, fix_addre
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
     from hf_sparse.methods.sparsek.attention import SparseKAttention
-    from hf_sparse.methods.sparsek.reading import Scoring
+    from hf_sparse.methods.sparsek.known_layer import Scoring
     from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
@@ -63,7 +63,7 @@ class SlotMemory(CacheLayerMixin):
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
         number_in_call: of the layer among those that this call made.
-        scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
+        scoring: what a scorer of linear scores computes with, see `methods.sparsek.known_layer`; or `None`.
     """
 
     is_initialized = False

@@ -15,13 +15,12 @@ from torch import Tensor
 from hf_sparse.core.backbone_call import BackboneCall
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
+from hf_sparse.methods.sparsek.known_layer import Scoring, known_layer
 from hf_sparse.methods.sparsek.reading import (
-    Scoring,
     are_aligned,
     layout_of,
     most_selected,
     remember,
-    scoring_of,
     settings_of,
     takes,
 )
@@ -78,7 +77,8 @@ def ready_layer(attention: "SparseKAttention", length: int) -> ReadyLayer | None
     budget = attention.budget
     if length <= budget.fewest_slots:
         return ReadyLayer(length, None, ())
-    scoring = scoring_of(attention) if _TRITON else None
+    known = known_layer(attention) if _TRITON else None
+    scoring = None if known is None else known.scoring
     if scoring is None or scoring.layout is None:
         return None
     table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, scoring.weight.device)
@@ -158,7 +158,8 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         return _attend_to_all(new)
     if not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
         return None
-    scoring = scoring_of(attention)
+    known = known_layer(attention)
+    scoring = None if known is None else known.scoring
     if scoring is None:
         return None
     is_noted = scoring.layout is not None and are_aligned(new)

@@ -9,11 +9,11 @@ import torch
 from hf_sparse.core.backbone_call import BackboneCall
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.new_tokens import NewTokens
-from hf_sparse.methods.sparsek import SparseKCacheLayer, reading, without_cache
+from hf_sparse.methods.sparsek import SparseKCacheLayer, known_layer, reading, without_cache
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
+from hf_sparse.methods.sparsek.known_layer import Scoring, layer_to_read
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import Scoring
 from hf_sparse.ops import causal_attention, sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
@@ -197,15 +197,13 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": "id"})
     query, key, value, states, weight, _ = inputs(1, 4, 2, 60 if end > 30 else 24, 16, 48, torch.float32, False)
-    scoring = Scoring(
-        weight, None, (weight.data_ptr(), weight.dtype, 0, Slopes(0.0, 256, 0)), (weight.data_ptr(), 0), "layout"
-    )
+    scoring = Scoring(weight, None, Slopes(0.0, 256, 0), (weight.data_ptr(), 0), "layout")
     results = []
     for tokens in (query.shape[2], end):
         kind = SparseKCacheLayer if isinstance(k, int) else RaggedCacheLayer
         cache = kind(k, 10, 3, owner=("id", None))
         cache.scoring = scoring
-        kinds = [reading.layer_to_read(cache, scoring)]
+        kinds = [layer_to_read(cache, scoring)]
         cache.call = ModelCall(kinds, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
         cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
         with torch.no_grad():
@@ -252,7 +250,7 @@ def layer_of(call, counts, scoring="one"):
     cache = SparseKCacheLayer(counts - 4, 3, 1) if isinstance(counts, int) else RaggedCacheLayer(counts, 0, 0)
     scoring = scoring and Scoring(None, None, (), (1, 2), scoring)
     cache.call, cache.scoring, cache.number_in_call = call, scoring, len(call.kinds)
-    call.kinds.append(reading.layer_to_read(cache, scoring))
+    call.kinds.append(layer_to_read(cache, scoring))
     return cache
 
 
@@ -261,7 +259,7 @@ def shared_by(cache, length=9, heads=2, layout="layout"):
     key = torch.zeros(1, heads, length, 5)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reading, "_programs", SimpleNamespace(get=lambda key: NotedLaunches(key=key)))
-        return reading._shared_reading(cache, NewTokens(None, key, key, None, None, 1.0), layout, cache.scoring)
+        return reading._shared_reading(cache, key, layout, cache.scoring)
 
 
 @pytest.mark.parametrize("counts", [(8, 8, 8), (8, 9, 7), ((3, 5), (4, 4), (2, 6))], ids=["alike", "layers", "heads"])
@@ -270,12 +268,11 @@ def test_layers_of_a_call_are_allocated_together(counts):
     layers = [layer_of(call, one) for one in counts]
     shared = shared_by(layers[0])
     assert shared is call.shared and shared.first == 0 and shared.layout == "layout"
-    for number, (one, addresses) in enumerate(zip(counts, shared.addresses, strict=True)):
+    for number, (one, tables) in enumerate(zip(counts, shared.tables, strict=True)):
         slots = shared.slots.tensors(number)
         assert slots[0].shape == ((1, 2, one, 5) if isinstance(one, int) else (1, sum(one), 5))
-        tables = addresses[9:11]
-        assert addresses == [1, 2, *[tensor.data_ptr() for tensor in slots], *tables, 0]
-        assert (tables == [0, 0]) == isinstance(one, int)
+        assert shared.slots.addresses(number) == [tensor.data_ptr() for tensor in slots]
+        assert (tables[:2] == (0, 0)) == isinstance(one, int) and tables[2] == 0
     if isinstance(counts[0], int):
         keys = [("layout", "one", one - 4, 3, 1, True) for one in counts]
     else:
@@ -287,7 +284,7 @@ def test_layers_of_a_recorded_prompt_read_where_it_ends():
     call = ModelCall(end=torch.tensor([5]))
     layers = [layer_of(call, 8) for _ in range(2)]
     shared = shared_by(layers[0])
-    assert [addresses[-1] for addresses in shared.addresses] == [call.end.data_ptr()] * 2
+    assert shared.tables == [(0, 0, call.end.data_ptr())] * 2
     assert [program.key for program in shared.programs] == [("layout", "one", 4, 3, 1, False)] * 2
 
 
@@ -304,7 +301,7 @@ def test_layers_of_other_budgets_share_launches_where_all_keys_have_slots():
 
 
 def test_a_layer_that_others_look_at_does_not_read_as_the_one_before(monkeypatch):
-    monkeypatch.setattr(reading, "scoring_of", None)  # nothing is asked beyond
+    monkeypatch.setattr(reading, "known_layer", None)  # nothing is asked beyond
     cache = layer_of(ModelCall(shared=object()), 8)
     attention = SimpleNamespace(uses_scorer=False)
     new = NewTokens(*inputs(1, 4, 2, 9, 16, 48, torch.float32, False)[:4], None, 1.0)
@@ -326,7 +323,7 @@ def test_layers_that_differ_otherwise_take_slots_of_their_own(other):
     call = ModelCall()
     first, second = layer_of(call, 8), layer_of(call, 8, other)
     shared = shared_by(first)
-    assert shared is call.shared and len(shared.programs) == len(shared.addresses) == 1
+    assert shared is call.shared and len(shared.programs) == len(shared.tables) == 1
     if other:
         alone = shared_by(second, heads=3)
         assert alone is not shared is call.shared and alone.first == 1 and len(alone.programs) == 1
@@ -344,14 +341,12 @@ def test_a_layer_whose_launches_are_noted_later_has_shared_slots(monkeypatch):
     known = dict(list(programs.items())[:2])
     monkeypatch.setattr(reading, "_programs", known)
     key = torch.zeros(1, 2, 9, 5)
-    new = NewTokens(None, key, key, None, None, 1.0)
-    shared = reading._shared_reading(layers[0], new, "layout", layers[0].scoring)
-    assert len(shared.memory) == 300 and shared.programs == [*known.values(), None] and not shared.addresses[2]
-    assert reading._shared_reading(layers[2], new, "layout", layers[2].scoring) is None  # its launches are not known
+    shared = reading._shared_reading(layers[0], key, "layout", layers[0].scoring)
+    assert len(shared.memory) == 300 and shared.programs == [*known.values(), None]
+    assert reading._shared_reading(layers[2], key, "layout", layers[2].scoring) is None  # its launches are not known
     known |= programs
-    assert reading._shared_reading(layers[2], new, "layout", layers[2].scoring) is shared is call.shared
+    assert reading._shared_reading(layers[2], key, "layout", layers[2].scoring) is shared is call.shared
     assert len(shared.memory) == 500 and shared.programs == [*programs.values()]
-    assert shared.addresses[2][2:9] == [tensor.data_ptr() for tensor in shared.slots.tensors(2)]
 
 
 def test_offsets_found_while_a_step_is_traced_are_those_that_stay():
@@ -403,7 +398,7 @@ def test_a_layer_reads_by_the_launches_of_the_one_before(counts, fits, monkeypat
     program = NotedLaunches(None if fits else query + 1)
     monkeypatch.setattr(reading, "is_on_gpu", lambda query: True)
     monkeypatch.setattr(reading, "_programs", SimpleNamespace(get=lambda layout: program))
-    scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
+    scoring = Scoring(weight, None, Slopes(0.01, 256, 0), (weight.data_ptr(), 0), "layout of the scorer")
     attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": None})
     call, outputs = ModelCall(), []
     caches = [layer_of(call, count) for count in counts]
@@ -434,7 +429,7 @@ def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
     program = NotedLaunches(query)
     monkeypatch.setattr(reading, "is_on_gpu", lambda query: True)
     monkeypatch.setattr(reading, "_programs", SimpleNamespace(get=lambda layout: program))
-    scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
+    scoring = Scoring(weight, None, Slopes(0.01, 256, 0), (weight.data_ptr(), 0), "layout of the scorer")
     attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": None})
     call = ModelCall()
     first, second = layer_of(call, 12), layer_of(call, 12)
@@ -462,8 +457,8 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
     program = NotedLaunches(query + 1)
     monkeypatch.setattr(without_cache, "is_on_gpu", lambda query: True)
     monkeypatch.setattr(without_cache, "_programs", SimpleNamespace(get=lambda layout: program))
-    scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
-    monkeypatch.setattr(without_cache, "scoring_of", lambda attention: scoring)
+    scoring = Scoring(weight, None, Slopes(0.01, 256, 0), (weight.data_ptr(), 0), "layout of the scorer")
+    monkeypatch.setattr(without_cache, "known_layer", lambda attention: SimpleNamespace(scoring=scoring))
     attention = SimpleNamespace(training=False, causal=True, uses_scorer=True, budget=Budget(k, 3, 1))
     call = BackboneCall()
     with torch.no_grad():
@@ -480,7 +475,7 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
         longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
         assert without_cache.attend_fast_alone(*longer, states, ready, call, 0.25) is None
         elsewhere = scoring._replace(layout=None)  # a weight that begins at no multiple of 16 bytes
-        monkeypatch.setattr(without_cache, "scoring_of", lambda attention: elsewhere)
+        monkeypatch.setattr(without_cache, "known_layer", lambda attention: SimpleNamespace(scoring=elsewhere))
         assert without_cache.ready_layer(attention, 30) is None
     assert without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25) is None  # gradients
     for name, value in (("training", True), ("causal", False), ("uses_scorer", False)):
@@ -547,15 +542,13 @@ def as_on_gpu(monkeypatch):
     """Let models on a CPU take the paths of a GPU, and note launches for the interpreter."""
     if DEVICE == "cuda":
         return
-    from hf_sparse.methods.sparsek import attention
 
     def program_of(function, tensors, settings):
         return InterpretedLaunches(function, tensors, settings, () if function is kernels._take_all else (0,))
 
-    def scoring_of(layer):
-        weight = layer.sparsek_scorer[layer.active].weight
-        key = (weight.data_ptr(), weight.dtype, 0, layer.sparsek_scorer[layer.active].slopes)
-        return Scoring(weight, None, key, (weight.data_ptr(), 0), "layout")
+    def scoring_of(scorer):
+        weight = scorer.weight
+        return Scoring(weight, None, scorer.slopes, (weight.data_ptr(), 0), "layout")
 
     for module in (kernels, of_short_texts):
         monkeypatch.setattr(module, "program_of", program_of)
@@ -564,8 +557,7 @@ def as_on_gpu(monkeypatch):
         monkeypatch.setattr(module, "is_on_gpu", lambda tensor: True)
     for module in (reading, without_cache):
         monkeypatch.setattr(module, "_programs", {})
-    for module in (reading, without_cache, attention):
-        monkeypatch.setattr(module, "scoring_of", scoring_of)
+    monkeypatch.setattr(known_layer, "scoring_of", scoring_of)
 
 
 @pytest.mark.parametrize(
@@ -619,8 +611,8 @@ def test_a_model_reads_as_by_the_longer_path(length, is_short, shares, as_on_gpu
         with torch.inference_mode(), unrecorded():
             output = model(ids[:, :length], use_cache=True)
             alone = model(ids[:, :length], use_cache=False)
-        if path == "second call":  # the second layer makes the slots of both
-            assert taken == {"read_fast": 1, "attend_fast_alone": 2}
+        if path == "second call":
+            assert taken == {"read_fast": 3, "attend_fast_alone": 3}
         torch.testing.assert_close(alone.logits, output.logits, rtol=1e-3, atol=1e-3)
         logits, caches = [output.logits], [cache_of(output)]
         with torch.no_grad():
