@@ -121,7 +121,7 @@ def attend_fast_alone(
         program = shared.programs[launches]
     else:
         program = _programs.get((layout, launches))
-        if program is None and launches is not None:
+        if program is None and (launches is not None or takes_kernel(query, key, value)):
             return None
         shared.programs[launches] = program
         if program is not None and (shared.memory is None or len(shared.memory) < program.used):

@@ -52,7 +52,7 @@ def _sizes(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
     """Choose queries of a program, keys at a time, and Triton's warps and stages."""
     if dtype == torch.float32:
         return (64, 32, 4, 2) if dim <= 128 else (64, 32, 8, 1)
-    return (64, 64, 4, 3) if dim <= 128 else (64, 32, 8, 2)
+    return (64, 64, 4, 3 if dim <= 64 else 2) if dim <= 128 else (64, 32, 8, 2)
 
 
 @triton.jit
@@ -108,6 +108,6 @@ def _attend_causally(
         peak, mass, out = _add_keys(
             q, K, V, start, row, column, length, dim, k_row, v_row, peak, mass, out, scale, KEYS, True, PRECISION
         )
-    out /= mass[:, None]
+    out /= tl.where(mass > 0, mass, 1.0)[:, None]  # rows after the end have none
     to = row.to(tl.int64)[:, None] * o_row + column[None, :]
     tl.store(Out + to, out.to(Out.dtype.element_ty), mask=there)

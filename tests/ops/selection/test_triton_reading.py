@@ -15,6 +15,7 @@ from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.known_layer import Scoring, layer_to_read
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.ops import causal_attention, sparsek_attention
+from hf_sparse.ops.causal_attention import attend_by_sdpa
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import Slopes, normalised, slope_positions
@@ -603,6 +604,9 @@ def test_a_model_reads_as_by_the_longer_path(length, is_short, shares, as_on_gpu
 
     for name in ways:
         monkeypatch.setattr(attention, name, counted(name, getattr(attention, name)))
+    by_sdpa = []
+    for module in (reading, without_cache):
+        monkeypatch.setattr(module, "attend_by_sdpa", lambda *args: by_sdpa.append(1) or attend_by_sdpa(*args))
     for path in ("first call", "second call", "longer path"):
         taken |= dict.fromkeys(ways, 0)
         if path == "longer path":
@@ -612,6 +616,7 @@ def test_a_model_reads_as_by_the_longer_path(length, is_short, shares, as_on_gpu
             output = model(ids[:, :length], use_cache=True)
             alone = model(ids[:, :length], use_cache=False)
         if path == "second call":
+            assert len(by_sdpa) == (12 if length == 17 and not is_short else 0)  # three layers, two calls each
             assert taken == {"read_fast": 3, "attend_fast_alone": 3}
         torch.testing.assert_close(alone.logits, output.logits, rtol=1e-3, atol=1e-3)
         logits, caches = [output.logits], [cache_of(output)]
