@@ -32,7 +32,7 @@ _active_collector: Any = private("transformers.utils.output_capturing", "_active
 sdpa_attention_forward: Any = private("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 
 
-_MOST_PRODUCTS = 1 << 34  # of a linear layer: up to so many the host sets the pace of a forward; measured on an H200
+_MOST_PRODUCTS = 1 << 33  # of a linear layer: up to so many the host sets the pace of a forward; measured on an H200
 
 # What is known where an attention module is called and the attention function needs: the sparse attention of the
 # module, its input `[B, T, C]`, its cache layer or `None`, and the call that it was checked in with all others, if any.

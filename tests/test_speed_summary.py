@@ -114,7 +114,7 @@ def summary() -> str:
         (
             "the same, with and without a cache, KV heads with different numbers of slots",
             "shape of SmolLM2",
-            "512 to 4,096",
+            "512 to 2,048",
             span(unequal_heads()),
         ),
         *(

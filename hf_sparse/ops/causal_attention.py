@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
 _TRITON = installed()
-_MOST_PRODUCTS = 1 << 32  # of numbers of queries and keys; measured on an H200, see docs/speed.md
+_MOST_PRODUCTS = 1 << 31  # of numbers of queries and keys; measured on an H200, see docs/speed.md
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""In a forward that keeps nothing all layers are checked at the second one, and attend in little Python from there."""
+"""In a forward that keeps nothing all layers are checked at one of them, and attend in little Python from there."""
 
 import runpy
 from pathlib import Path
@@ -51,9 +51,16 @@ def logits_without_a_call(model, **inputs):
 
 def test_a_text_that_fits_is_that_of_the_base_model(model, attended):
     found = logits(model)
-    assert attended == [0]
+    assert attended == []
     unpatch(model)
     assert torch.equal(found, logits(model))
+
+
+def test_a_long_text_is_checked_at_the_second_layer(model, attended, monkeypatch):
+    """At the first one a GPU would wait for it."""
+    monkeypatch.setattr("hf_sparse.patches.interface._MOST_PRODUCTS", 0)
+    found = logits(model)
+    assert attended == [0] and torch.equal(found, logits_without_a_call(model))
 
 
 @pytest.mark.parametrize("inputs", [{"attention_mask": (IDS > 2).long()}, {"use_cache": True}], ids=["mask", "cache"])
@@ -126,7 +133,7 @@ def test_each_call_checks_anew(model):
 def test_an_error_leaves_nothing(model, attended):
     with pytest.raises(IndexError):
         logits(model, IDS + 1000)
-    assert logits(model).isfinite().all() and attended == [0]
+    assert logits(model).isfinite().all() and attended == []
 
 
 def test_another_method_goes_on_as_ever():

@@ -135,7 +135,8 @@ def test_lengths_that_never_come_again(model, played_prompts):
 def test_a_prompt_that_an_error_ended_does_not_count(model, played_prompts, monkeypatch):
     generate(model, prompt(40))
     with monkeypatch.context() as broken:
-        broken.setattr(SparseKAttention, "attend", lambda *_, **__: 1 / 0)
+        for name in ("attend", "attend_fast"):
+            broken.setattr(SparseKAttention, name, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(model, prompt(40))
     for number in (0, 0, 1, 2):

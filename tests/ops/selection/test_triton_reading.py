@@ -606,6 +606,7 @@ def test_a_model_reads_as_by_the_longer_path(length, is_short, shares, as_on_gpu
         monkeypatch.setattr(attention, name, counted(name, getattr(attention, name)))
     by_sdpa = []
     for module in (reading, without_cache):
+        monkeypatch.setattr(module, "_programs", {})
         monkeypatch.setattr(module, "attend_by_sdpa", lambda *args: by_sdpa.append(1) or attend_by_sdpa(*args))
     for path in ("first call", "second call", "longer path"):
         taken |= dict.fromkeys(ways, 0)
