@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
+from hf_sparse.core.backbone_call import BackboneCall, current_call
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import SparseAttentionLayer
 
@@ -69,7 +70,10 @@ def layer_in_call(cache: Any, index: int) -> Any:
     """Return the layer of a cache that `make_layers` made in this call of the model; `None` if it is none of those."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    return layer if getattr(layer, "call", None) is not None else None
+    call: ModelCall | None = getattr(layer, "call", None)
+    if call is None or (call.forward is not None and call.forward is not current_call()):
+        return None
+    return layer
 
 
 def is_unused(cache: Any, index: int) -> bool:
@@ -102,7 +106,9 @@ def is_as_new(cache: Any, layers: list[Any]) -> bool:
     return bool(layers) and all([is_unused(cache, index) for index in range(len(layers))])
 
 
-def make_layers(cache: Any, modules: Iterable[nn.Module], end: Tensor | None = None) -> None:
+def make_layers(
+    cache: Any, modules: Iterable[nn.Module], end: Tensor | None = None, forward: BackboneCall | None = None
+) -> None:
     """Put the layers of sparse attention modules into a cache that `generate` or a forward has just made.
 
     Python does that for all in a fraction of the time that it takes where each layer is reached. The method may have
@@ -111,9 +117,9 @@ def make_layers(cache: Any, modules: Iterable[nn.Module], end: Tensor | None = N
     Args:
         cache: an empty cache of transformers.
         modules: those that attend sparsely.
-        end: see `ModelCall`.
+        end, forward: see `ModelCall`.
     """
-    call = ModelCall(end=end)
+    call = ModelCall(end=end, forward=forward)
     sparse: Any = None  # attention of one of them
     layers: list[Any] = cache.layers
     for module in modules:

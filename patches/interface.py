@@ -60,7 +60,7 @@ def attention_forward(
 
     Raises:
         ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, a
-            keyword that would change the result and is not known, or a call by `torch.jit.trace`.
+            keyword that would change the result and is not known.
     """
     if sparse_call is None:  # an attention module of a patched model that is not patched itself
         _refuse_a_trace()
@@ -220,6 +220,10 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     Returns:
         `None` where it attends densely: no method is attached or on, or the adapter in use is another one.
+
+    Raises:
+        ValueError: a call by `torch.jit.trace`, another attention implementation, `output_attentions`, or a cache that
+            cannot be gone on with.
     """
     # Not by `nn.Module.__getattr__`, which is slow.
     attention: SparseAttentionLayer | None = module._modules.get(CHILD)  # type: ignore[assignment]
@@ -265,15 +269,19 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         call.ready.update({other: other.prepare(length) for other in others if other.is_active})
         return attention, hidden_states, None, call
     index = int(module.layer_idx)  # type: ignore[arg-type]
+    forward = None if is_compiled else current_call()
     if (
         not one_by_one
-        and (index or _is_short(hidden_states))
+        # A forward that is not known could not be told from one after an error, and the first layer checks all.
+        and (index or (forward is not None and _is_short(hidden_states)))
         and not attention.has_local_neighbours
         and is_unused(cache, index)
     ):
         assert attention.model_switch is not None
-        make_layers(cache, attention.model_switch.modules())
+        make_layers(cache, attention.model_switch.modules(), forward=forward)
     layer = sparse_cache_layer(cache, index, attention)
+    if layer.call is not None and layer.call.forward is not forward:  # which an error ended
+        layer.call = None
     attention.check_cache(layer)
     layer.begin_attention()
     return attention, hidden_states, layer, layer.call

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from hf_sparse.core.backbone_call import BackboneCall
+
 
 @dataclass
 class ModelCall:
@@ -22,11 +24,14 @@ class ModelCall:
         shared: what the method lets its layers share while they read, of a class of the method; `None` before that.
         end: `[1]` int64 on the device, in a prompt that is recorded: the tokens of the text, of which more are read;
             the layers shall keep what a text of so many tokens keeps. `None` for as many as are read.
+        forward: the forward of the backbone that fills the layers; `None` if that is not known. After an error another
+            one may come with the same cache, and has to check it anew.
     """
 
     kinds: list[Any] = field(default_factory=list)
     shared: Any = None
     end: Tensor | None = None
+    forward: BackboneCall | None = None
 
 
 class SparseCacheLayer(Protocol):

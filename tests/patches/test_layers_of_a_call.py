@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
+from hf_sparse._compat import with_cache
 from hf_sparse.core.backbone_call import backbone_call
-from hf_sparse.methods.sparsek import SparseKAttention
+from hf_sparse.methods.sparsek import SparseKAttention, SparseKCacheLayer
 from hf_sparse.methods.sparsek.baselines import Recency
 from hf_sparse.patches import sparse_layers
 
@@ -150,3 +152,46 @@ def test_a_model_within_a_forward_of_another(model):
         logits(model)
         assert torch.equal(logits(other), expected)
     assert hf_sparse.patches.interface.current_call() is None
+
+
+@pytest.mark.parametrize("change", ["switched off", "another implementation", "attentions", "trace"])
+def test_a_cache_that_an_error_left_is_checked_anew(model, change):
+    """Also where the first layer made the cache layers of all and its attention failed."""
+    cache, inputs = DynamicCache(config=model.config), {}
+    with pytest.raises(ValueError, match="takes a padding mask"):
+        logits(model, attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool), use_cache=True, **with_cache(cache))
+    assert all(type(layer) is SparseKCacheLayer for layer in cache.layers)
+    if change == "switched off":
+        for layer in sparse_layers(model):
+            layer.switch(False)
+        with pytest.raises(RuntimeError, match="start a new cache"):
+            logits(model, use_cache=True, **with_cache(cache))
+        return
+    if change == "another implementation":
+        model.config._attn_implementation, expected = "sdpa", "was changed to 'sdpa'"
+    elif change == "attentions":
+        inputs, expected = {"output_attentions": True}, "output_attentions"
+    else:
+        expected = r"torch\.jit\.trace would record"
+    with pytest.raises(ValueError, match=expected):
+        if change == "trace":
+            model.requires_grad_(False)  # the parameters are constants to a function that is traced
+            torch.jit.trace(lambda ids: model(ids, use_cache=True, **with_cache(cache)).logits, IDS)
+        else:
+            logits(model, use_cache=True, **with_cache(cache), **inputs)
+
+
+def test_a_cache_that_an_error_left_goes_on(model):
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="takes a padding mask"):
+        logits(model, attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool), use_cache=True, **with_cache(cache))
+    found = [logits(model, ids, use_cache=True, **with_cache(cache)) for ids in IDS.repeat(1, 2).split([40, 8], 1)]
+    cache = DynamicCache(config=model.config)
+    expected = [logits(model, ids, use_cache=True, **with_cache(cache)) for ids in IDS.repeat(1, 2).split([40, 8], 1)]
+    torch.testing.assert_close(found, expected)
+
+
+def test_vmap_over_texts(model):
+    texts = torch.stack([IDS, IDS + 1])
+    found = torch.func.vmap(lambda ids: logits(model, ids))(texts)
+    torch.testing.assert_close(found, torch.stack([logits(model, ids) for ids in texts]))

@@ -277,7 +277,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     def attend_fast(
         self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: Any, call: Any, scaling: float
     ) -> Tensor | None:
-        """Attend as a layer before in the same call, see `SparseAttentionLayer`."""
+        """Attend by launches that are known, see `SparseAttentionLayer`."""
         if cache is None:
             return attend_fast_alone(query, key, value, hidden_states, call.ready.get(self), call, scaling)
         tensors = query, key, value, hidden_states

@@ -6,7 +6,7 @@ A forward asks every layer for it, and on short texts the host sets the pace.
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
@@ -71,7 +71,11 @@ class KnownLayer(NamedTuple):
 
 
 def known_layer(attention: "SparseKAttention") -> KnownLayer | None:
-    """Return what is known of a layer in causal order; `None` where no scorer chooses, or others look on."""
+    """Return what is known of a layer in causal order; `None` where no scorer chooses, or others look on.
+
+    Raises:
+        ValueError: the attention is bidirectional, so that there is no cache layer.
+    """
     if not attention.uses_scorer:
         return None
     name = attention.active
@@ -98,6 +102,8 @@ def scoring_of(scorer: Any) -> Scoring | None:
     """Return what a scorer computes with; `None` if its scores are not linear, or it is not on a GPU."""
     weight, slope = scorer._parameters.get("weight"), scorer._parameters.get("slope")
     if weight is None or not isinstance(scorer, LinearScorer) or not weight.is_cuda:
+        return None
+    if not {type(weight), type(slope)} <= {Tensor, nn.Parameter, type(None)}:  # a part of one on several devices
         return None
     addresses = weight.data_ptr(), 0 if slope is None else slope.data_ptr()
     of_slope = None if slope is None else (slope.dtype, slope.device)

@@ -88,7 +88,7 @@ def read_in_few_launches(
         return None
     if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
         return None
-    scoring = cache.scoring
+    scoring = None if cache.call is None else cache.scoring
     if scoring is None:
         known = known_layer(attention)
         scoring = None if known is None else known.scoring
@@ -127,7 +127,7 @@ def begin_reading(
     Returns:
         False, with nothing changed, where `read_in_few_launches` has to ask for more, or launches are not known yet.
     """
-    scoring = cache.scoring
+    scoring = cache.scoring if attention.uses_scorer else None
     if scoring is None or scoring.layout is None or cache.is_initialized or is_announced() or not _TRITON:
         return False
     if type(query) is not Tensor or torch.is_grad_enabled() or not _may_read(attention, query, cache):

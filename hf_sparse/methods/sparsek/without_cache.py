@@ -120,15 +120,15 @@ def attend_fast_alone(
     if launches in shared.programs:
         program = shared.programs[launches]
     else:
-        program = _programs.get((layout, launches))
+        program = _programs.get((layout, launches)) if is_on_gpu(query) else None
         if program is None and (launches is not None or takes_kernel(query, key, value)):
             return None
         shared.programs[launches] = program
         if program is not None and (shared.memory is None or len(shared.memory) < program.used):
             shared.memory = program.memory()
-    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     if program is None:
         return attend_by_sdpa(query, key, value, scaling)
+    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
         return None
     if launches is None:  # all keys are attended to, and nothing is scored

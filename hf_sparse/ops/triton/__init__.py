@@ -26,8 +26,13 @@ def installed() -> bool:
 
 
 def is_on_gpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is on the current device of CUDA, which is where Triton launches."""
-    return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()
+    """Tell whether a tensor is on the current device of CUDA, which is where Triton launches.
+
+    Within `torch.func.vmap` and the like a tensor stands for others, and has no address.
+    """
+    if not tensor.is_cuda or tensor.device.index != torch.cuda.current_device():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def cores() -> int:
