@@ -493,6 +493,7 @@ def test_a_layer_that_keeps_nothing_attends_to_all_keys_that_fit(is_short, monke
     monkeypatch.setattr(without_cache, "_programs", {} if program is None else {(LAYOUT_OF_SHORT, None): program})
     monkeypatch.setattr(without_cache, "layout_of", lambda *_: LAYOUT_OF_SHORT)
     monkeypatch.setattr(without_cache, "takes_kernel", lambda *_: is_short)
+    monkeypatch.setattr(without_cache, "is_on_gpu", lambda query: True)
     attention = SimpleNamespace(training=False, causal=True, uses_scorer=True, budget=Budget(8, 3, 1))
     ready, call = without_cache.ready_layer(attention, 9), BackboneCall()
     with torch.no_grad():
