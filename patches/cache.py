@@ -121,14 +121,13 @@ def make_layers(
     """
     call = ModelCall(end=end, forward=forward)
     sparse: Any = None  # attention of one of them
-    layers: list[Any] = cache.layers
     for module in modules:
         attention: Any = module._modules["sparse_attention"]  # not by `nn.Module.__getattr__`, which is slow
         index: Any = module.layer_idx
         if attention.is_active and is_unused(cache, index):
-            layers[index] = attention.cache_layer_in_call(call)
+            cache.layers[index] = attention.cache_layer_in_call(call)
             sparse = attention
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(cache.layers):
         if sparse is not None and type(layer) is DynamicLayer:
             cache.layers[index] = sparse.dense_cache_layer(layer)
 

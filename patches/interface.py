@@ -31,7 +31,6 @@ NAME = "hf_sparse"
 _active_collector: Any = private("transformers.utils.output_capturing", "_active_collector")
 sdpa_attention_forward: Any = private("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 
-
 _MOST_PRODUCTS = 1 << 33  # of a linear layer: up to so many the host sets the pace of a forward; measured on an H200
 
 # What is known where an attention module is called and the attention function needs: the sparse attention of the
@@ -269,18 +268,14 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         call.ready.update({other: other.prepare(length) for other in others if other.is_active})
         return attention, hidden_states, None, call
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    forward = None if is_compiled else current_call()
-    if (
-        not one_by_one
+    if not one_by_one and not attention.has_local_neighbours and is_unused(cache, index):
+        forward = current_call()
         # A forward that is not known could not be told from one after an error, and the first layer checks all.
-        and (index or (forward is not None and _is_short(hidden_states)))
-        and not attention.has_local_neighbours
-        and is_unused(cache, index)
-    ):
-        assert attention.model_switch is not None
-        make_layers(cache, attention.model_switch.modules(), forward=forward)
+        if index or (forward is not None and _is_short(hidden_states)):
+            assert attention.model_switch is not None
+            make_layers(cache, attention.model_switch.modules(), forward=forward)
     layer = sparse_cache_layer(cache, index, attention)
-    if layer.call is not None and layer.call.forward is not forward:  # which an error ended
+    if layer.call is not None and (is_compiled or layer.call.forward is not current_call()):  # an error ended that call
         layer.call = None
     attention.check_cache(layer)
     layer.begin_attention()

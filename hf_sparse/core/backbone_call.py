@@ -11,9 +11,9 @@ from typing import Any
 class BackboneCall:
     """Hold what the attention layers of one forward of a backbone share where they keep no keys.
 
-    Python runs faster over all layers at once than where each is reached. So at the first one (with long
-    texts, which the GPU could begin with, at the second one) the patch checks all, and asks the method what each of
-    them needs. Layers that keep keys share a `ModelCall`.
+    Python runs faster over all layers at once than where each is reached. So the patch checks all at the first layer,
+    and asks the method what each of them needs; of long texts at the second layer, while the GPU works on the first.
+    Layers that keep keys share a `ModelCall`.
 
     Attributes:
         ready: by sparse attention layer, what `prepare` of it returned: what it needs in this call, computed ahead.

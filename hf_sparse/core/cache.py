@@ -14,10 +14,10 @@ from hf_sparse.core.backbone_call import BackboneCall
 class ModelCall:
     """Hold what the new cache layers of one call of a model share until the attention of each has filled it.
 
-    Python runs faster over all layers at once than where each is reached. So the patch makes the cache layers of all
-    together (of long texts, which the GPU could begin with, of all but the first), with the checks that one call of the
-    model needs once, and a method can do likewise. There is none in a call that is being compiled, or recorded as a
-    decoding step.
+    Python runs faster over all layers at once than where each is reached. So the patch makes all cache layers at
+    the first one, with the checks that one call of the model needs once, and a method can do likewise; of long texts it
+    makes the others at the second one, while the GPU works on the first. There is none in a call that is being
+    compiled, or recorded as a decoding step.
 
     Attributes:
         kinds: what the layers may differ in, as the method says it of each, in their order.

@@ -114,7 +114,7 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
     def attend_fast(
         self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: Any, call: Any, scaling: float
     ) -> Tensor | None:
-        """Compute what `attend` does for whole texts in little Python, where that is known to do.
+        """Compute what `attend` does for whole texts by a way that takes less Python, if the method has one.
 
         Args:
             query, key, value, hidden_states, scaling: as in `attend`; there is no padding.

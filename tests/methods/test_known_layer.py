@@ -1,4 +1,4 @@
-"""What is kept of a layer from one forward to the next, until its settings or its scorer change."""
+"""Keep what follows from the settings and the scorer of a layer until one of these changes."""
 
 import copy
 

@@ -280,10 +280,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Attend by launches that are known, see `SparseAttentionLayer`."""
         if cache is None:
             return attend_fast_alone(query, key, value, hidden_states, call.ready.get(self), call, scaling)
-        tensors = query, key, value, hidden_states
-        if call.shared is None and not begin_reading(self, *tensors, cache, scaling):
-            return None
-        return read_fast(*tensors, cache, scaling)
+        if call.shared is None:
+            new = NewTokens(query, key, value, hidden_states, None, scaling)
+            if not begin_reading(self, new, cache):
+                return None
+        return read_fast(query, key, value, hidden_states, cache, scaling)
 
     def prepare(self, length: int) -> ReadyLayer | None:
         """Return what texts are attended to with of which nothing is kept, see `SparseAttentionLayer`."""

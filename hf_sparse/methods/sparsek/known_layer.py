@@ -98,6 +98,12 @@ def known_layer(attention: "SparseKAttention") -> KnownLayer | None:
     return known
 
 
+def known_scoring(attention: "SparseKAttention") -> Scoring | None:
+    """Return what the scorer in use computes with, see `known_layer`; `None` where launches cannot score by it."""
+    known = known_layer(attention)
+    return None if known is None else known.scoring
+
+
 def scoring_of(scorer: Any) -> Scoring | None:
     """Return what a scorer computes with; `None` if its scores are not linear, or it is not on a GPU."""
     weight, slope = scorer._parameters.get("weight"), scorer._parameters.get("slope")

@@ -1,7 +1,7 @@
 """Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer.
 
 On short texts the host sets the pace. So what depends on the layout of the tensors alone is looked up by it, and the
-slots of all layers are allocated together, of long texts those of all but the first.
+slots of all layers are allocated together (of long texts, those of all layers but the first).
 """
 
 import functools
@@ -18,7 +18,7 @@ from hf_sparse.methods.sparsek.budget import Budget, Counts
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.first_calls import layers_like
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, fix_address, lasting
-from hf_sparse.methods.sparsek.known_layer import LayerToRead, Scoring, known_layer, layer_to_read
+from hf_sparse.methods.sparsek.known_layer import LayerToRead, Scoring, known_scoring, layer_to_read
 from hf_sparse.ops.causal_attention import are_launchable, attend_by_sdpa
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
@@ -81,17 +81,12 @@ def read_in_few_launches(
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
-    query, key, value, hidden_states, valid, scaling = new
-    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or torch.is_grad_enabled():
-        return None
-    if not attention.uses_scorer:
-        return None
-    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
+    query, key, value, hidden_states, _, scaling = new
+    if not _is_new_text(attention, new, cache):
         return None
     scoring = None if cache.call is None else cache.scoring
     if scoring is None:
-        known = known_layer(attention)
-        scoring = None if known is None else known.scoring
+        scoring = known_scoring(attention)
     if scoring is None:
         return None
     call = cache.call
@@ -113,29 +108,31 @@ def read_in_few_launches(
     return attend_by_sdpa(query, key, value, scaling) if output is None else output
 
 
-def begin_reading(
-    attention: "SparseKAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    cache: SparseKCacheLayer,
-    scaling: float,
-) -> bool:
-    """Look up what the layers of a call of the model share, at the first of them that reads; arguments as in `attend`.
+def begin_reading(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> bool:
+    """Look up what the layers of a call of the model share, at the first of them that reads.
+
+    Args:
+        new, cache: as in `read_in_few_launches`.
 
     Returns:
         False, with nothing changed, where `read_in_few_launches` has to ask for more, or launches are not known yet.
     """
-    scoring = cache.scoring if attention.uses_scorer else None
-    if scoring is None or scoring.layout is None or cache.is_initialized or is_announced() or not _TRITON:
+    if is_announced() or not _is_new_text(attention, new, cache) or not _may_read(attention, new.query, cache):
         return False
-    if type(query) is not Tensor or torch.is_grad_enabled() or not _may_read(attention, query, cache):
+    scoring = cache.scoring
+    if scoring is None or scoring.layout is None:
         return False
-    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
+    layout = layout_of(*new[:4], new.scaling)
+    return _shared_reading(cache, new.key, layout, scoring) is not None
+
+
+def _is_new_text(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> bool:
+    """Tell whether a cache layer of this adapter, which holds nothing, is to be filled with whole rows."""
+    if new.valid is not None or cache.is_initialized or not _TRITON:
         return False
-    layout = layout_of(query, key, value, hidden_states, scaling)
-    return _shared_reading(cache, key, layout, scoring) is not None
+    if type(new.query) is not Tensor or torch.is_grad_enabled() or not attention.uses_scorer:
+        return False
+    return cache.owner == (attention.identities[attention.active], None)  # an error may have ended an earlier call
 
 
 def read_fast(

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_sparse.core.backbone_call import BackboneCall
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
-from hf_sparse.methods.sparsek.known_layer import Scoring, known_layer
+from hf_sparse.methods.sparsek.known_layer import Scoring, known_scoring
 from hf_sparse.methods.sparsek.reading import (
     are_aligned,
     layout_of,
@@ -77,8 +77,7 @@ def ready_layer(attention: "SparseKAttention", length: int) -> ReadyLayer | None
     budget = attention.budget
     if length <= budget.fewest_slots:
         return ReadyLayer(length, None, ())
-    known = known_layer(attention) if _TRITON else None
-    scoring = None if known is None else known.scoring
+    scoring = known_scoring(attention) if _TRITON else None
     if scoring is None or scoring.layout is None:
         return None
     table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, scoring.weight.device)
@@ -158,8 +157,7 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         return _attend_to_all(new)
     if not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
         return None
-    known = known_layer(attention)
-    scoring = None if known is None else known.scoring
+    scoring = known_scoring(attention)
     if scoring is None:
         return None
     is_noted = scoring.layout is not None and are_aligned(new)

@@ -9,6 +9,8 @@ from torch import Tensor
 #: Dtypes of the tensors that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+#: Softmax is computed by powers of two: GPUs have an instruction for these.
+LOG2_E = 1.4426950408889634
 #: Programs along all but the first dimension of a grid, where CUDA ends: there is one for each batch row and KV head.
 MOST_ROWS = 65_535
 
@@ -32,7 +34,7 @@ def is_on_gpu(tensor: Tensor) -> bool:
     """
     if not tensor.is_cuda or tensor.device.index != torch.cuda.current_device():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
 
 def cores() -> int:

@@ -5,11 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.triton import LOG2_E
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import Program, empty_like, program_of, replayed
 from hf_sparse.ops.triton.sizes import padded
-
-LOG2_E = 1.4426950408889634
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -49,7 +48,7 @@ def launch_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 
 def _sizes(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
-    """Choose queries of a program, keys at a time, warps and stages: with 64 KB of shared memory on any GPU."""
+    """Choose queries of a program, keys at a time, Triton's warps and stages; a program needs 64 KB at most."""
     if dtype == torch.float32:
         return (32, 32, 4, 1) if dim <= 128 else (16, 16, 4, 1)
     return (64, 64, 4, 3 if dim <= 64 else 2) if dim <= 128 else (32, 32, 4, 1)
@@ -108,6 +107,6 @@ def _attend_causally(
         peak, mass, out = _add_keys(
             q, K, V, start, row, column, length, dim, k_row, v_row, peak, mass, out, scale, KEYS, True, PRECISION
         )
-    out /= tl.where(mass > 0, mass, 1.0)[:, None]  # a query that is no number has none
+    out /= mass[:, None]
     to = row.to(tl.int64)[:, None] * o_row + column[None, :]
     tl.store(Out + to, out.to(Out.dtype.element_ty), mask=there)

@@ -302,7 +302,7 @@ def test_layers_of_other_budgets_share_launches_where_all_keys_have_slots():
 
 
 def test_a_layer_that_others_look_at_does_not_read_as_the_one_before(monkeypatch):
-    monkeypatch.setattr(reading, "known_layer", None)  # nothing is asked beyond
+    monkeypatch.setattr(reading, "known_scoring", None)  # nothing is asked beyond
     cache = layer_of(ModelCall(shared=object()), 8)
     attention = SimpleNamespace(uses_scorer=False)
     new = NewTokens(*inputs(1, 4, 2, 9, 16, 48, torch.float32, False)[:4], None, 1.0)
@@ -459,7 +459,7 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
     monkeypatch.setattr(without_cache, "is_on_gpu", lambda query: True)
     monkeypatch.setattr(without_cache, "_programs", SimpleNamespace(get=lambda layout: program))
     scoring = Scoring(weight, None, Slopes(0.01, 256, 0), (weight.data_ptr(), 0), "layout of the scorer")
-    monkeypatch.setattr(without_cache, "known_layer", lambda attention: SimpleNamespace(scoring=scoring))
+    monkeypatch.setattr(without_cache, "known_scoring", lambda attention: scoring)
     attention = SimpleNamespace(training=False, causal=True, uses_scorer=True, budget=Budget(k, 3, 1))
     call = BackboneCall()
     with torch.no_grad():
@@ -476,7 +476,7 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
         longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
         assert without_cache.attend_fast_alone(*longer, states, ready, call, 0.25) is None
         elsewhere = scoring._replace(layout=None)  # a weight that begins at no multiple of 16 bytes
-        monkeypatch.setattr(without_cache, "known_layer", lambda attention: SimpleNamespace(scoring=elsewhere))
+        monkeypatch.setattr(without_cache, "known_scoring", lambda attention: elsewhere)
         assert without_cache.ready_layer(attention, 30) is None
     assert without_cache.attend_fast_alone(query, key, value, states, ready, call, 0.25) is None  # gradients
     for name, value in (("training", True), ("causal", False), ("uses_scorer", False)):

@@ -61,9 +61,11 @@ def test_large_logits_and_masked_values(poisoned_memory):
     assert torch.equal(attend(query, key, value, 0.25)[:, :, :40], before[:, :, :40])
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="asks where the kernel is taken on a GPU")
 def test_short_texts_take_the_kernel_and_others_sdpa(monkeypatch):
-    query, key, value = inputs(2, 4, 2, 70, 64, torch.bfloat16)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(dispatch, "is_on_gpu", lambda tensor: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    query, key, value = inputs(2, 4, 2, 70, 64, torch.float16)
     for no_gradients in (torch.no_grad, torch.inference_mode):
         with no_gradients():
             assert dispatch.takes_kernel(query, key, value)

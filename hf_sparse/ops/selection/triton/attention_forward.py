@@ -27,12 +27,10 @@ from hf_sparse.ops.selection.triton.walk import (
     rest_and_leavers,
     rows_of,
 )
+from hf_sparse.ops.triton import LOG2_E
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, empty_like
 from hf_sparse.ops.triton.sizes import padded
-
-LOG2_E = 1.4426950408889634
-
 
 # No length is worth a compilation of its own.
 LENGTHS = ["queries", "keys", "heads", "width", "tiles", "tile", "left", "right", "sinks"]

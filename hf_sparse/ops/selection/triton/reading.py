@@ -127,29 +127,27 @@ def read_text(
         is to attend: the text is not short, or it is recorded, as one with `end` is.
     """
     slots = new_slots(key, settings.counts)
-    function, tensors = _reading(query, key, value, states, weight, slope, slots, settings, end)
+    function, tensors = _reading((query, key, value, states, weight, slope), slots, settings, end)
     results = replayed(function, tensors, settings)
     return results[0] if results else None, slots
 
 
 def _reading(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    states: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    slots: Slots,
-    settings: ReadingSettings,
-    end: Tensor | None,
+    inputs: tuple[Any, ...], slots: Slots, settings: ReadingSettings, end: Tensor | None
 ) -> tuple[Callable[..., tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]:
-    """Return the function that reads a text, whose launches are noted, and the tensors that it takes."""
-    others = (key, value, states, weight, slope, *slots, *settings.tables(key.device), end)
-    if key.shape[2] > settings.fewest_slots:
+    """Return the function that reads a text, whose launches are noted, and the tensors that it takes.
+
+    Args:
+        inputs: query, key, value, states, weight and slope.
+        slots, settings, end: see `read_text`.
+    """
+    query, *others = inputs
+    others += (*slots, *settings.tables(query.device), end)
+    if query.shape[2] > settings.fewest_slots:
         return _select, (query, *others)
     if end is None and is_short(query):
         return _take_all_and_attend, (query, *others)
-    return _take_all, others
+    return _take_all, tuple(others)
 
 
 def attend_text(
@@ -203,7 +201,7 @@ def noted_reading(
     tables of the settings, and `end`. They return the output; or nothing, and take no query, where `read_text` returns
     none. Of heads that differ they are those of all layers with the same `settings.slots`.
     """
-    function, tensors = _reading(query, key, value, states, weight, slope, slots, settings, end)
+    function, tensors = _reading((query, key, value, states, weight, slope), slots, settings, end)
     return program_of(function, tensors, settings)
 
 
