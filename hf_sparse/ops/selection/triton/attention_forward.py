@@ -3,6 +3,9 @@
 One program per block of rows (see `walk`) gathers the keys of its list and of its window, with one online softmax over
 all of them. Everything is accumulated in float32; float32 inputs are multiplied as three products of TF32, which loses
 hardly more than float32 itself. A gate multiplies the weight after the exponential, so it may be 0.
+
+Programs begin with the end of the text, for all heads: those of its beginning have fewer keys, and fill what is left of
+the GPU at the end. That matters while a text has few programs for each multiprocessor.
 """
 
 from typing import Any
@@ -90,7 +93,7 @@ def forward(
     output = empty_like(query)
     group = heads // key.shape[1]
     lse = empty((batch, key.shape[1], queries, group), torch.float32, query.device)
-    launch(_forward, (triton.cdiv(queries * group, blocks.rows), key.shape[1], batch))(
+    launch(_forward, (triton.cdiv(queries * group, blocks.rows) * key.shape[1], batch))(
         query,
         key,
         value,
@@ -141,11 +144,12 @@ def _forward(
     CAUSAL: tl.constexpr, ALWAYS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, MIXED_STAGES: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head, batch = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
     row = batch * heads + head  # of [B, Hkv]
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
-    flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
+    flat, query, member, exists, t_first, t_last = rows_of(block, queries, GROUP, M)
     dim = tl.arange(0, PADDED)
     inside = exists[:, None] & (dim < D)[None, :]
     q_rows = batch * q_batch + (head * GROUP + member) * q_head + query.to(tl.int64) * q_row

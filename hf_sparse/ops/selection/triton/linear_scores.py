@@ -28,7 +28,7 @@ from hf_sparse.ops.triton.replay import empty, replayed
 
 EPS = 1e-5  # epsilon of the layer norm
 _ROWS, HEADS, COLUMNS = 4, 8, 64  # sizes of a program of the forward
-_WARPS, STAGES = 4, 3
+_WARPS, STAGES = 2, 3
 _STEP, _WIDTH = 16, 128  # rows of a step and columns of a program of the backward
 _PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU
 
