@@ -54,6 +54,7 @@ SHAPES = [
     (100, 3, 20, 16, 16),  # many keys before few queries
     (90, 57, 0, 60, 32),  # a list longer than a chunk
     (340, 340, 2, 5, 16),  # several blocks
+    (600, 600, 2, 5, 16),  # two levels of lists
     (520, 400, 3, 130, 64),
     (300, 300, 1, 7, 256),  # several chunks per tile
 ]

@@ -260,7 +260,9 @@ def _sort(
     # The first level has programs enough to hide that a search waits for one load after another; later ones do not,
     # and search by four.
     levels: list[_Merged] = []
-    source, row, item, narrow, lists, group = of_chunks, chunks * C, C, C, chunks - 1, _GROUPS[0]
+    source, row, item, narrow, lists = of_chunks, chunks * C, C, C, chunks - 1
+    few = lists <= _GROUPS[1] and size <= _JOINING[0]  # one level then takes the GPU no longer, and the host less
+    group = _GROUPS[1 if few else 0]
     while lists > 0:
         width = min(size, group * narrow)
         target = codes(lists, width)
