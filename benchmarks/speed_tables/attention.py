@@ -9,9 +9,8 @@ from speed_tables.cells import PASSES, check_settings, joined_rows, quotient, sh
 from speed_tables.registry import RESULTS, Run, reader, speed_table
 
 KERNELS = ("kernels-launches-h200", "kernels-h200", "kernels-flash-h200")
-SHAPES = (  # some names have the commit of the run
-    "9-3-64-fc79457", "32-4-64-8050b75", "28-4-128", "32-8-128", "12-12-64", "32-4-64", "32-8-64", "9-3-64",
-    "32-8-128-fc79457", "28-4-128-3479d39", "12-12-64-3479d39", "32-4-64-63d0a9d",
+SHAPES = (  # each with the commit of the run
+    "9-3-64-8627aa2", "12-12-64-8627aa2", "28-4-128-8627aa2", "32-4-64-8627aa2", "32-8-64-8627aa2", "32-8-128-8627aa2",
 )  # fmt: skip
 CONTENDERS = {
     "sparsek hard": "SparseK, hard gates",
