@@ -261,7 +261,8 @@ def _sort(
     # and search by four.
     levels: list[_Merged] = []
     source, row, item, narrow, lists = of_chunks, chunks * C, C, C, chunks - 1
-    few = lists <= _GROUPS[1] and size <= _JOINING[0]  # one level then takes the GPU no longer, and the host less
+    # One level spares the host a launch, and takes the GPU at most 4 us longer where lists are few and short.
+    few = lists <= _GROUPS[1] and size <= _JOINING[0]
     group = _GROUPS[1 if few else 0]
     while lists > 0:
         width = min(size, group * narrow)
